@@ -1,0 +1,1 @@
+"""Built-in plugins: each a folder with one class, imported as `rlhf_plugins.<name>`."""

@@ -1,0 +1,149 @@
+"""Models and tokenizers through transformers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from rlhf_engine.hookspecs import hookimpl
+from rlhf_engine.models import Models
+
+from .policy import HFPolicy
+from .scalar import HFScalar
+from .tokenizer import HFTokenizer
+
+if TYPE_CHECKING:
+    from rlhf_engine.run import Run
+
+__all__ = ["HFPolicy", "HFScalar", "HFTokenizer", "HuggingFace", "load_models"]
+
+
+def load_models(
+    folder: Path | str,
+    *,
+    reference: bool = False,
+    critic: bool = False,
+    reward_model: Path | str | None = None,
+    device: str | torch.device = "cpu",
+) -> Models:
+    """The models of reinforcement learning, from the Hugging Face folder of a causal language model.
+
+    Args:
+        folder: the policy and its tokenizer.
+        reference: also a frozen copy of the policy.
+        critic: also a value model, on the reward model's trunk if there is one, else on the policy's; its head
+            is 0, so its first values are.
+        reward_model: the folder of a sequence classifier with the same tokenizer, which is frozen.
+        device: where the models live.
+
+    Raises:
+        FileNotFoundError: one of the folders is none.
+        ValueError: a folder that does not fit its purpose, or two tokenizers that differ.
+    """
+    policy, tokenizer = _policy_and_tokenizer(folder)
+    models = Models(tokenizer=tokenizer, policy=policy.to(device), device=torch.device(device))
+    if reference:
+        models.reference = copy.deepcopy(policy).requires_grad_(False).eval()
+    if reward_model is not None:
+        judge = HFScalar.load_folder(reward_model)
+        if not tokenizer.same_tokens(HFTokenizer.load(reward_model, judge.vocabulary)):
+            raise ValueError(
+                f"the reward model in {reward_model} and the policy in {folder} have different tokenizers: it could "
+                "not read what the policy writes"
+            )
+        models.reward_model = judge.requires_grad_(False).eval().to(device)
+    if critic:
+        models.critic = HFScalar.on_trunk(reward_model or folder, pad_id=tokenizer.pad_id).to(device)
+    return models
+
+
+@dataclass(eq=False)
+class HuggingFace:
+    """A small Llama trained from nothing, or any causal language model in a Hugging Face folder.
+
+    Weights are fp32 and dropout is off in every stage.
+    """
+
+    vocabulary: int = 4096
+    """tokens in the vocabulary of a fresh tokenizer"""
+    hidden: int = 256
+    """size of a fresh model's hidden states"""
+    layers: int = 4
+    """layers of a fresh model"""
+    heads: int = 4
+    """attention heads of a fresh model; they divide `hidden` into even parts"""
+    intermediate: int = 704
+    """size of a fresh model's feed-forward layers"""
+    context: int = 256
+    """the most tokens, prompt and response together, that a fresh model takes"""
+    tokenizer_documents: int = 5000
+    """a fresh tokenizer is trained on at most so many of the training documents"""
+    policy: str = ""
+    """a Hugging Face folder (model and tokenizer) to start from instead of a fresh model; empty: a fresh one"""
+    device: str = ""
+    """where the models live, "cpu" or "cuda" say; empty: the first GPU, if there is one"""
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads or self.hidden // self.heads % 2:
+            raise ValueError(
+                f"hidden = {self.hidden} must be an even multiple of heads = {self.heads}, so that each head "
+                "gets an even number of dimensions to rotate"
+            )
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @hookimpl
+    def rlhf_models(self, run: Run, stage: str, needs: set[str]) -> Models:
+        if stage == "pretrain":
+            policy, tokenizer = _policy_and_tokenizer(self.policy) if self.policy else self._fresh(run)
+            return Models(tokenizer=tokenizer, policy=policy.to(self.device), device=torch.device(self.device))
+        start = run.result("pretrain") or self.policy
+        if not start:
+            raise ValueError(
+                f"the stage {stage!r} needs a language model to start from: put 'pretrain' before it in [run] "
+                "stages, or name a Hugging Face folder as `policy` in [hf]"
+            )
+        if stage == "reward":
+            _, tokenizer = _policy_and_tokenizer(start)
+            reward_model = HFScalar.on_trunk(start, pad_id=tokenizer.pad_id)
+            reward_model.initialise_reward_head(run.seed)
+            return Models(
+                tokenizer=tokenizer, reward_model=reward_model.to(self.device), device=torch.device(self.device)
+            )
+        return load_models(
+            start,
+            reference="ref_logp" in needs,
+            critic="values" in needs,
+            reward_model=run.result("reward"),
+            device=self.device,
+        )
+
+    def _fresh(self, run: Run) -> tuple[HFPolicy, HFTokenizer]:
+        texts = list(islice(_training_texts(run), self.tokenizer_documents))
+        tokenizer = HFTokenizer.train(texts, self.vocabulary, run.say)
+        policy = HFPolicy.fresh(
+            vocabulary=len(tokenizer),
+            hidden=self.hidden,
+            layers=self.layers,
+            heads=self.heads,
+            intermediate=self.intermediate,
+            context=self.context,
+            pad_id=tokenizer.pad_id,
+            end_id=tokenizer.end_id,
+            seed=run.seed,
+        )
+        return policy, tokenizer
+
+
+def _training_texts(run: Run) -> Iterator[str]:
+    return (document.text for document in run.hook.rlhf_documents(run=run) if document.split == "train")
+
+
+def _policy_and_tokenizer(folder: Path | str) -> tuple[HFPolicy, HFTokenizer]:
+    policy = HFPolicy.load_folder(folder)
+    return policy, HFTokenizer.load(folder, policy.vocabulary)

@@ -1,0 +1,37 @@
+"""REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_engine import Batch, Loss, Output, Rewarded, hookimpl
+from rlhf_kernels import Advantages, leave_one_out, policy_loss
+
+__all__ = ["RLOO"]
+
+
+@dataclass(eq=False)
+class RLOO:
+    """Each response against the mean of the others of its group; the whole response is one action."""
+
+    clip: float = 0.2
+    """the ratio of whole responses is clipped to [1 - clip, 1 + clip]; it only matters after the first step"""
+
+    @hookimpl
+    def rlhf_advantages(self, rewarded: Rewarded) -> Advantages:
+        scores = rewarded.rewards.sum(1)  # the score, less a KL penalty if one is active
+        return Advantages(leave_one_out(scores, rewarded.group)[:, None] * rewarded.mask, None)
+
+    @hookimpl
+    def rlhf_loss(self, output: Output, batch: Batch) -> Loss:
+        counted = batch.mask.any(1, keepdim=True)
+        policy = policy_loss(
+            (output.logp * batch.mask).sum(1, keepdim=True),
+            (batch.old_logp * batch.mask).sum(1, keepdim=True),
+            batch.advantages[:, :1],
+            counted,
+            clip_low=self.clip,
+            clip_high=self.clip,
+            normalizer=batch.total_sequences,
+        )
+        return Loss(value=policy.loss, metrics=policy.metrics)

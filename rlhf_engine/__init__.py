@@ -1,0 +1,35 @@
+"""RLHF as pluggable stages: pretrain, reward, rl. The contract is `rlhf_engine.hookspecs`."""
+
+from rlhf_engine.batch import (
+    Batch,
+    Document,
+    Loss,
+    Output,
+    Preference,
+    Prompt,
+    Reward,
+    Rewarded,
+    Rollout,
+    Scored,
+)
+from rlhf_engine.engine import Engine
+from rlhf_engine.hookspecs import Stage, hookimpl
+from rlhf_engine.models import Heads, Models
+
+__all__ = [
+    "Batch",
+    "Document",
+    "Engine",
+    "Heads",
+    "Loss",
+    "Models",
+    "Output",
+    "Preference",
+    "Prompt",
+    "Reward",
+    "Rewarded",
+    "Rollout",
+    "Scored",
+    "Stage",
+    "hookimpl",
+]

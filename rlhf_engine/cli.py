@@ -1,0 +1,72 @@
+"""The command line: `rlhf run FILE`, `rlhf plugins [FILE]`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import get_console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+from rlhf_engine.checkpoint import CheckpointNotSaved, DamagedCheckpoint
+from rlhf_engine.config import ConfigError, read_run_file
+from rlhf_engine.manager import PluginError, answers, installed, load, winners
+from rlhf_engine.run import Run
+
+__all__ = ["main"]
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+Set = Annotated[list[str], typer.Option("--set", help="override a key: table.key=value, such as ppo.clip=0.3")]
+
+
+@app.command()
+def run(file: Path, set: Set = []) -> None:  # noqa: A002, B006 (typer reads the option's name and default here)
+    """Do what a run file says. The same command again goes on where a stopped run was."""
+    Run(read_run_file(file, set)).execute()
+
+
+@app.command()
+def plugins(
+    file: Annotated[Path | None, typer.Argument(help="a run file: show who answers each hook in it")] = None,
+    set: Set = [],  # noqa: A002, B006
+) -> None:
+    """What is installed and what each plugin answers; with a run file, who won each hook in it."""
+    console = get_console()
+    if file is None:
+        table = Table("plugin", "from", "answers", title="installed plugins (a run uses only those it names)")
+        for name, entry in sorted(installed().items()):
+            try:
+                hooks = ", ".join(answers(load(name)))
+            except PluginError as error:
+                hooks = f"does not load: {error.__cause__ or error}"
+            origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else ""
+            table.add_row(name, origin, escape(hooks))
+    else:
+        loaded = Run(read_run_file(file, set))
+        table = Table("hook", "answered by (in this order)", title=escape(str(file)))
+        for hook, names in winners(loaded.manager).items():
+            table.add_row(hook, escape(", ".join(names)) or "-")
+    console.print(table)
+
+
+def main() -> None:
+    """The entry point of the `rlhf` command. Errors that people can mend are told in one message."""
+    handler = RichHandler(console=get_console(), show_path=False, show_level=False, rich_tracebacks=False)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("rlhf_engine")
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    sys.path.insert(0, "")  # plugins named by path, as "my_module:Class", may stand in the current folder
+    try:
+        app()
+    except (ConfigError, DamagedCheckpoint, CheckpointNotSaved) as error:
+        get_console().print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        for note in getattr(error, "__notes__", ()):
+            get_console().print(escape(note), soft_wrap=True)
+        raise SystemExit(2) from None

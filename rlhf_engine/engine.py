@@ -1,0 +1,296 @@
+"""The steps of RLHF as methods: the stages are written with them, and so can be any loop of yours.
+
+    engine = Engine(plugins=[GRPO(), Brevity()], models=models)
+    rollout = engine.generate(prompts)                  # sample
+    batch = engine.experience(rollout, prompts)         # score -> token rewards -> advantages
+    for minibatch in batch.split(8):
+        loss = engine.loss(minibatch)
+        loss.value.backward()                           # the optimizer and the loop are yours
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pluggy
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rlhf_engine.batch import Batch, Loss, Output, Prompt, Reward, Rewarded, Rollout, Scored
+from rlhf_engine.manager import manager, require
+from rlhf_engine.models import Critic, Models, Policy
+
+__all__ = ["Engine", "RewardError"]
+
+NEEDS = {"ref_logp", "values", "old_logp", "entropy"}
+
+
+class RewardError(Exception):
+    """A reward answered with something that cannot be used."""
+
+
+class Engine:
+    """The steps of reinforcement learning from human feedback, with these plugins and these models.
+
+    `plugins` are objects (or a manager made by `rlhf_engine.manager.manager`). One `temperature` serves the
+    sampler, the policy, the reference and the loss. `samples_per_prompt` responses to a prompt form a group.
+    `rows_per_forward` bounds memory: no more sequences than that go through a model at once (0: all).
+    `missing_end_score`, if given, replaces the score of a response that was cut off before its end token.
+
+    Raises `PluginError` for a misspelt hook, two answers to one hook, or none where one is needed.
+    """
+
+    def __init__(
+        self,
+        plugins: Iterable[Any] | pluggy.PluginManager,
+        models: Models,
+        *,
+        temperature: float = 1.0,
+        response_length: int = 32,
+        samples_per_prompt: int = 1,
+        rows_per_forward: int = 0,
+        missing_end_score: float | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("response_length", response_length, 1),
+            ("samples_per_prompt", samples_per_prompt, 1),
+            ("rows_per_forward", rows_per_forward, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} = {value}: it must be at least {least}")
+        if not temperature > 0:
+            raise ValueError(f"temperature = {temperature}: it must be greater than 0 (sampling, never argmax)")
+        self.manager = plugins if isinstance(plugins, pluggy.PluginManager) else manager(plugins)
+        self.hook = self.manager.hook
+        require(self.manager, ("rlhf_advantages", "rlhf_loss", "rlhf_reward"), by="the engine")
+        self.models = models
+        self.temperature = temperature
+        self.response_length = response_length
+        self.samples_per_prompt = samples_per_prompt
+        self.rows_per_forward = rows_per_forward
+        self.missing_end_score = missing_end_score
+        self.needs = needs(self.manager)
+        self.weights: dict[str, float] = {}
+        """name -> weight of the rewards that answered last; 0: a metric only"""
+        for need, model in (("ref_logp", models.reference), ("values", models.critic)):
+            if need in self.needs and model is None:
+                raise ValueError(
+                    f'a plugin needs "{need}" and models.{"reference" if need == "ref_logp" else "critic"} is None'
+                )
+
+    # ------------------------------------------------------------------------------------------- experience
+
+    def generate(self, prompts: Sequence[Prompt], *, samples_per_prompt: int | None = None) -> Rollout:
+        """Sample responses to each prompt, by default `self.samples_per_prompt`.
+
+        Row i answers `prompts[rollout.group[i]]`.
+        """
+        if not prompts:
+            raise ValueError("generate() got no prompts")
+        samples = samples_per_prompt or self.samples_per_prompt
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
+        rollout: Rollout = self.hook.rlhf_generate(
+            models=self.models,
+            prompts=repeated,
+            temperature=self.temperature,
+            response_length=self.response_length,
+        )
+        if rollout.tokens.shape[1] == 0 or not rollout.mask.any(1).all():
+            raise ValueError(
+                "rlhf_generate returned a response without tokens; every response needs at least one counted "
+                "token (its end token, if nothing else), or it cannot be scored or learned from"
+            )
+        group = torch.arange(len(prompts), device=rollout.tokens.device)
+        return dataclasses.replace(rollout, group=group.repeat_interleave(samples))
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Scored:
+        """Ask every reward, and every model that a plugin needs, about the rollout.
+
+        Rows for which a reward of non-zero weight abstains (NaN) are left out of what is returned.
+        """
+        asked = [prompts[index] for index in rollout.group.tolist()]
+        by_name, scores = self._rewards(rollout, asked)
+        if self.missing_end_score is not None:
+            scores = torch.where(rollout.ended | scores.isnan(), scores, self.missing_end_score)
+        judged = ~scores.isnan()
+        if not judged.any():
+            raise RewardError(f"every reward abstained on all {len(scores)} samples; there is nothing to learn from")
+        if not judged.all():
+            rollout, scores = rollout[judged], scores[judged]
+            by_name = {name: values[judged] for name, values in by_name.items()}
+        old_logp = rollout.logp
+        if "old_logp" in self.needs:
+            old_logp = self._by_rows(rollout, lambda rows: self._logp(self.models.policy, rows))
+        ref_logp = values = None
+        if "ref_logp" in self.needs:
+            ref_logp = self._by_rows(rollout, lambda rows: self._logp(self.models.reference, rows))
+        if "values" in self.needs:
+            values = self._by_rows(rollout, lambda rows: self._values(self.models.critic, rows))
+        return rollout.extend(
+            Scored, scores=scores, rewards_by_name=by_name, old_logp=old_logp, ref_logp=ref_logp, values=values
+        )
+
+    def token_rewards(self, scored: Scored) -> Rewarded:
+        """A reward for every token: by default the score at the last one, less a KL penalty if one is active."""
+        return scored.extend(Rewarded, rewards=self.hook.rlhf_token_rewards(scored=scored))
+
+    def advantages(self, rewarded: Rewarded) -> Batch:
+        """The algorithm's advantages, and the critic's targets."""
+        advantages, returns = self.hook.rlhf_advantages(rewarded=rewarded)
+        return rewarded.extend(Batch, advantages=advantages, returns=returns)
+
+    def experience(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Batch:
+        """Score -> token rewards -> advantages, in one call."""
+        return self.advantages(self.token_rewards(self.score(rollout, prompts)))
+
+    # --------------------------------------------------------------------------------------------- learning
+
+    def output(self, batch: Scored) -> Output:
+        """What the policy (and the critic) say of the batch's tokens, with gradient."""
+        policy = self.models.policy
+        assert policy is not None, "the engine needs models.policy"
+        self._no_dropout()
+        heads = policy(*_sequence(batch))
+        logp, entropy = heads.logprobs(
+            batch.tokens,
+            batch.mask,
+            start=batch.prompt_tokens.shape[1] - 1,
+            temperature=self.temperature,
+            entropy="entropy" in self.needs,
+        )
+        values = self._values(self.models.critic, batch) if "values" in self.needs else None
+        return Output(logp=logp, entropy=entropy, values=values)
+
+    def loss(self, batch: Batch) -> Loss:
+        """The algorithm's loss on a minibatch: `.value.backward()`, `.metrics`.
+
+        A piece of a larger optimizer step carries that step's `total_tokens` and `total_sequences`; otherwise
+        they are those of the batch itself.
+        """
+        if batch.total_tokens is None:
+            batch = with_totals(batch)
+        return self.hook.rlhf_loss(output=self.output(batch), batch=batch)
+
+    def update(self, batch: Batch, optimizer: Optimizer, *, max_grad_norm: float = 1.0) -> dict[str, float]:
+        """One optimizer step on a minibatch, in pieces of `rows_per_forward` whose gradients add up exactly."""
+        batch = with_totals(batch)
+        metrics = []
+        for piece in batch.split(self.rows_per_forward or len(batch)):
+            loss = self.loss(piece)
+            loss.value.backward()
+            metrics.append((len(piece), {"loss": loss.value.detach() * len(batch) / len(piece), **loss.metrics}))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), max_grad_norm, error_if_nonfinite=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        return {**combine(metrics), "grad_norm": float(norm)}
+
+    def parameters(self) -> list[Tensor]:
+        """What the optimizer trains: the policy's parameters, and the critic's if a plugin needs values."""
+        trained = [self.models.policy, *([self.models.critic] if "values" in self.needs else [])]
+        return list(dict.fromkeys(p for m in trained for p in m.parameters() if p.requires_grad))  # type: ignore
+
+    def _no_dropout(self) -> None:
+        """In RL the models are always in evaluation mode; with dropout the first ratio would not be 1."""
+        for model in (self.models.policy, self.models.reference, self.models.critic):
+            if model is not None:
+                model.train(False)
+
+    # ---------------------------------------------------------------------------------------------- inside
+
+    def texts(self, rollout: Rollout) -> list[str]:
+        """The responses as text, without the end token and the padding."""
+        counted = rollout.mask & (rollout.tokens != self.models.tokenizer.end_id)
+        rows = zip(rollout.tokens.tolist(), counted.tolist(), strict=True)
+        return self.models.tokenizer.decode([[t for t, c in zip(*row, strict=True) if c] for row in rows])
+
+    def _rewards(self, rollout: Rollout, prompts: list[Prompt]) -> tuple[dict[str, Tensor], Tensor]:
+        answers = self.hook.rlhf_reward(
+            rollout=rollout, prompts=prompts, texts=self.texts(rollout), models=self.models
+        )
+        by_name: dict[str, Tensor] = {}
+        scores = torch.zeros(len(rollout), device=rollout.tokens.device)
+        for reward in answers:
+            values = self._checked(reward, len(rollout), by_name).to(scores)
+            by_name[reward.name] = values
+            if reward.weight:
+                scores = scores + reward.weight * values
+        self.weights = {reward.name: reward.weight for reward in answers}
+        if not any(self.weights.values()):
+            raise RewardError(
+                f"no reward has a weight other than 0 ({', '.join(by_name) or 'none at all'}): there is nothing to "
+                "optimise. Name a reward plugin with a weight in this run."
+            )
+        return by_name, scores
+
+    def _checked(self, reward: Any, rows: int, before: dict[str, Tensor]) -> Tensor:
+        askable = ", ".join(impl.plugin_name for impl in self.hook.rlhf_reward.get_hookimpls())
+        if not isinstance(reward, Reward):
+            raise RewardError(
+                f"a reward plugin (one of: {askable}) returned a {type(reward).__name__}; return "
+                "Reward(name=..., values=tensor of shape [B], weight=...)"
+            )
+        where = f'the reward "{reward.name}"'
+        if reward.name in before:
+            raise RewardError(f"{where} was returned by two plugins (of: {askable}); give one of them another name")
+        if not isinstance(reward.values, Tensor) or reward.values.shape != (rows,):
+            shape = tuple(reward.values.shape) if isinstance(reward.values, Tensor) else type(reward.values).__name__
+            raise RewardError(f"{where} returned values of shape {shape}; one number per response was asked: ({rows},)")
+        values = reward.values.detach().float()
+        if values.isinf().any():
+            row = int(values.isinf().nonzero()[0])
+            raise RewardError(f"{where} returned {values[row]} for sample {row}; return a finite number, or NaN to abstain")
+        return values
+
+    def _by_rows(self, rollout: Rollout, function: Any) -> Tensor:
+        self._no_dropout()
+        pieces = rollout.split(self.rows_per_forward or len(rollout))
+        return torch.cat([function(piece) for piece in pieces])
+
+    def _logp(self, policy: Policy | None, rollout: Rollout) -> Tensor:
+        assert policy is not None
+        heads = policy(*_sequence(rollout))
+        start = rollout.prompt_tokens.shape[1] - 1
+        return heads.logprobs(rollout.tokens, rollout.mask, start=start, temperature=self.temperature).logp
+
+    def _values(self, critic: Critic | None, rollout: Rollout) -> Tensor:
+        """The value before each response token, `[B, T]`."""
+        assert critic is not None
+        start = rollout.prompt_tokens.shape[1] - 1
+        values = critic(*_sequence(rollout))[:, start : start + rollout.tokens.shape[1]]
+        return values.masked_fill(~rollout.mask, 0.0)
+
+
+def needs(made: pluggy.PluginManager) -> set[str]:
+    """What the plugins need, united; an unknown need is refused."""
+    wanted = set().union(*made.hook.rlhf_needs())
+    if wanted - NEEDS:
+        raise ValueError(f"rlhf_needs: unknown need {sorted(wanted - NEEDS)}; known: {', '.join(sorted(NEEDS))}")
+    return wanted
+
+
+def with_totals(batch: Batch) -> Batch:
+    """The batch, with its own counts as the totals that losses are normalised by."""
+    sequences = torch.tensor(len(batch), device=batch.mask.device)
+    return dataclasses.replace(batch, total_tokens=batch.mask.sum(), total_sequences=sequences)
+
+
+def combine(parts: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, float]:
+    """Metrics of several pieces as one: the largest of those named `..._max`, the row-weighted mean of others."""
+    total = sum(rows for rows, _ in parts)
+    names = dict.fromkeys(name for _, metrics in parts for name in metrics)
+    return {
+        name: max(float(m[name]) for _, m in parts)
+        if name.endswith("_max")
+        else sum(rows * float(m[name]) for rows, m in parts) / total
+        for name in names
+    }
+
+
+def _sequence(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Prompt and response as one `[B, P + T]` of tokens and mask."""
+    tokens = torch.cat([rollout.prompt_tokens, rollout.tokens], dim=1)
+    return tokens, torch.cat([rollout.prompt_mask, rollout.mask], dim=1)

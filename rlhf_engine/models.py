@@ -1,0 +1,138 @@
+"""What the engine asks of a model: three small protocols, and the bundle that a run's models come in.
+
+A policy is anything that yields hidden states and a head, or logits, for tokens; nothing has to be inherited.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels import LogProbs, linear_logprobs, token_logprobs
+
+__all__ = ["Critic", "Generates", "Heads", "Models", "Policy", "Tokenizer"]
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. `pad_id` and `end_id` differ."""
+
+    pad_id: int
+    end_id: int
+
+    def encode(self, texts: list[str]) -> list[list[int]]: ...
+
+    def decode(self, tokens: list[list[int]]) -> list[str]: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """What a policy says of the next token at every position: either `logits`, or what makes them.
+
+    logits = softcap(hidden @ weight.T + bias), which the fused kernel never writes out.
+    """
+
+    logits: Tensor | None = None
+    """[B, L, V]"""
+    hidden: Tensor | None = None
+    """[B, L, H]"""
+    weight: Tensor | None = None
+    """[V, H]"""
+    bias: Tensor | None = None
+    """[V]"""
+    softcap: float | None = None
+
+    def logprobs(
+        self, tokens: Tensor, mask: Tensor, *, start: int, temperature: float = 1.0, entropy: bool = False
+    ) -> LogProbs:
+        """Log-probs (nats) of `tokens` `[B, T]`, the first of which is predicted at position `start`."""
+        positions = slice(start, start + tokens.shape[1])
+        if self.logits is not None:
+            return token_logprobs(
+                self.logits[:, positions], tokens, temperature=temperature, mask=mask, entropy=entropy
+            )
+        assert self.hidden is not None and self.weight is not None, "Heads needs logits, or hidden and weight"
+        return linear_logprobs(
+            self.hidden[:, positions],
+            self.weight,
+            tokens,
+            bias=self.bias,
+            softcap=self.softcap,
+            temperature=temperature,
+            mask=mask,
+            entropy=entropy,
+        )
+
+    def next_logits(self) -> Tensor:
+        """`[B, V]` fp32: the logits of the token after the last position."""
+        if self.logits is not None:
+            return self.logits[:, -1].float()
+        assert self.hidden is not None and self.weight is not None, "Heads needs logits, or hidden and weight"
+        logits = torch.nn.functional.linear(self.hidden[:, -1], self.weight, self.bias).float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class Policy(Protocol):
+    """A language model: an `nn.Module` or anything that has these."""
+
+    def __call__(self, tokens: Tensor, mask: Tensor) -> Heads:
+        """`tokens` `[B, L]` int64 and `mask` `[B, L]` bool (False: padding), in evaluation or training mode as
+        the module stands. Positions are counted along the mask, so padding changes no answer."""
+        ...
+
+    def parameters(self) -> object: ...
+
+    def train(self, mode: bool = True) -> object: ...
+
+    def save(self, folder: Path) -> None:
+        """Write the weights (safetensors and JSON) so that `load` gives the same bits back."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote into this model, in place."""
+        ...
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """A policy that brings a fast sampler of its own; without one the engine's plain loop is used."""
+
+    def generate(
+        self, tokens: Tensor, mask: Tensor, *, length: int, temperature: float, end_id: int
+    ) -> tuple[Tensor, Tensor]:
+        """Sample up to `length` tokens after each left-padded prompt `[B, P]`: tokens and log-probs `[B, T]`.
+
+        What stands after a row's end token is junk that the caller masks.
+        """
+        ...
+
+
+class Critic(Protocol):
+    """A value or reward model: one number per position, `[B, L]` fp32. A reward is read at the last token."""
+
+    def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor: ...
+
+    def parameters(self) -> object: ...
+
+    def train(self, mode: bool = True) -> object: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Models:
+    """The models of one stage; None where the stage has no use for one."""
+
+    tokenizer: Tokenizer
+    policy: Policy | None = None
+    reference: Policy | None = None
+    critic: Critic | None = None
+    reward_model: Critic | None = None
+    device: torch.device = torch.device("cpu")

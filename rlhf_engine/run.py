@@ -1,0 +1,130 @@
+"""A run: its file, its folder, its plugins, and the order in which its stages go."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_engine.checkpoint import text_hash, verify_folder
+from rlhf_engine.config import ConfigError, RunFile
+from rlhf_engine.manager import PluginError, load_plugins, manager, require, stages
+from rlhf_engine.config import did_you_mean
+
+__all__ = ["Run", "log"]
+
+log = logging.getLogger("rlhf_engine")
+
+
+class Run:
+    """One run, loaded and checked; `execute()` does its stages, or goes on where a killed run stopped.
+
+    Plugins get it from `rlhf_run_started`, `rlhf_models` and the data hooks. `folder` is where everything goes,
+    `seed` the run's seed, `hook` the hooks of the run's plugins (`run.hook.rlhf_documents(run=run)`).
+    """
+
+    def __init__(self, file: RunFile) -> None:
+        self.file = file
+        self.folder = Path(file.options.folder)
+        self.seed = file.options.seed
+        self.plugins = load_plugins(file)
+        self.manager = manager(self.plugins.values())
+        self.hook = self.manager.hook
+        found = stages(self.manager)
+        for name in file.options.stages:
+            if name not in found:
+                raise PluginError(
+                    f'{file.path}: no plugin of this run brings a stage named "{name}".{did_you_mean(name, found)} '
+                    f"Stages here: {', '.join(found)}"
+                )
+            require(self.manager, found[name].requires, by=f"the stage {name}")
+        self.stages = {name: found[name] for name in file.options.stages}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything that decides the result, as plain data."""
+        options = self.file.options.model_dump(exclude={"folder"})
+        return {"run": options, **{name: self.file.tables[name] for name in sorted(self.file.tables)}}
+
+    @property
+    def config_hash(self) -> str:
+        return text_hash(self.config)
+
+    def result(self, stage: str) -> Path | None:
+        """The folder that a finished stage left, or None."""
+        folder = self.folder / stage / "result"
+        return folder if folder.is_dir() else None
+
+    def results(self, stage: str) -> dict[str, Any]:
+        """The figures that a finished stage reported: its `results.json`, or an empty dict."""
+        folder = self.result(stage)
+        return json.loads((folder / "results.json").read_text("utf-8")) if folder else {}
+
+    def say(self, text: str) -> None:
+        """Tell the user something, through the log."""
+        log.info(text)
+
+    def step_end(self, stage: str, step: int, steps: int, metrics: dict[str, Any]) -> None:
+        """Hand a step's metrics to every plugin that wants them."""
+        self.hook.rlhf_step_end(run=self, stage=stage, step=step, steps=steps, metrics=metrics)
+
+    def execute(self) -> None:
+        """Do the stages in order. What an earlier execution of the same run file finished is kept."""
+        with self._alone():
+            self._same_config_as_before()
+            if self.file.options.threads:
+                torch.set_num_threads(self.file.options.threads)
+            self.hook.rlhf_run_started.call_historic(kwargs={"run": self})
+            for position, (name, stage) in enumerate(self.stages.items()):
+                done = self.result(name)
+                if done is not None:
+                    verify_folder(done)
+                    self.say(f"{name}: done before, kept in {done}")
+                    continue
+                # Each stage begins from a seed of its own, so that a finished one need not be repeated.
+                torch.manual_seed(self.seed * 1000 + position)
+                self.say(f"{name}: begins")
+                stage.work(self)
+
+    def _same_config_as_before(self) -> None:
+        """Refuse to go on in the folder of a run that was configured otherwise, and name the differences."""
+        path = self.folder / "run.json"
+        if path.exists():
+            before = json.loads(path.read_text("utf-8"))["config"]
+            changed = sorted(set(_flat(before).items()) ^ set(_flat(self.config).items()))
+            if changed:
+                keys = ", ".join(dict.fromkeys(key for key, _ in changed))
+                raise ConfigError(
+                    f"{self.folder} holds a run with another configuration (changed: {keys}). Give this one another "
+                    f"folder (--set run.folder=...), or delete {self.folder} to begin again."
+                )
+            return
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        document = {"config": self.config, "config_hash": self.config_hash, "versions": versions}
+        staged = path.with_name(".run.json")
+        staged.write_text(json.dumps(document, indent=1), "utf-8")
+        staged.replace(path)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the run's folder: two processes in it would overwrite one another's checkpoints."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(f"{self.folder} is in use by another process of the same run") from None
+            yield
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(tree, dict):
+        return {k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): json.dumps(tree)}

@@ -1,0 +1,1 @@
+"""The three stages, one loop each, written on the engine's steps."""

