@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 READY := .venv/.ready
 BENCH_READY := .venv/.ready-bench
 RATINGS := data/vaderSentiment-3.3.2.tar.gz

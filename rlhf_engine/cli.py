@@ -26,7 +26,7 @@ Set = Annotated[list[str], typer.Option("--set", help="override a key: table.key
 
 
 @app.command()
-def run(file: Path, set: Set = []) -> None:  # noqa: A002, B006 (typer reads the option's name and default here)
+def run(file: Path, set: Set = []) -> None:  # noqa: B006 (typer reads the option's name and default here)
     """Do what a run file says. The same command again goes on where a stopped run was."""
     Run(read_run_file(file, set)).execute()
 
@@ -34,7 +34,7 @@ def run(file: Path, set: Set = []) -> None:  # noqa: A002, B006 (typer reads the
 @app.command()
 def plugins(
     file: Annotated[Path | None, typer.Argument(help="a run file: show who answers each hook in it")] = None,
-    set: Set = [],  # noqa: A002, B006
+    set: Set = [],  # noqa: B006
 ) -> None:
     """What is installed and what each plugin answers; with a run file, who won each hook in it."""
     console = get_console()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import json
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,7 +37,7 @@ class RunOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    folder: str
+    folder: str = Field(min_length=1)
     """where everything that the run makes goes; the same command again resumes what stands there"""
     stages: list[str] = Field(min_length=1)
     """in the order in which they run"""
@@ -78,23 +79,17 @@ def read_run_file(path: Path, overrides: Iterable[str] = ()) -> RunFile:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such run file. Examples stand in the folder examples/.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: this run file cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: this is not valid TOML: {error}") from None
-    for override in overrides:
-        _apply(tables, override)
     not_tables = [key for key, value in tables.items() if not isinstance(value, dict)]
     if not_tables:
         raise ConfigError(f"{path}: the key {not_tables[0]!r} stands outside any table; did you mean [run]?")
+    for override in overrides:
+        _apply(tables, override)
     options = _validate(RunOptions, tables.pop("run", {}), where=f"{path}: [run]")
-    file = RunFile(path=path, options=options, tables=tables)
-    known = {table_name(name) for name in file.names}
-    for table in tables:
-        if table not in known:
-            raise ConfigError(
-                f"{path}: the table [{table}] is for no stage or plugin that [run] names "
-                f"({', '.join(sorted(known))}).{did_you_mean(table, known)}"
-            )
-    return file
+    return RunFile(path=path, options=options, tables=tables)
 
 
 def _apply(tables: dict[str, Any], override: str) -> None:
@@ -115,7 +110,7 @@ def build(plugin: type, table: dict[str, Any], *, where: str) -> Any:
         if table:
             raise ConfigError(f"{where}: {plugin.__name__} has no options (it is not a dataclass)")
         return plugin()
-    hints = get_type_hints(plugin)
+    hints = get_type_hints(plugin, include_extras=True)
     allowed: dict[str, Any] = {}
     for option in dataclasses.fields(plugin):
         if option.init:
@@ -133,7 +128,8 @@ def build(plugin: type, table: dict[str, Any], *, where: str) -> Any:
 def _validate(model: type[BaseModel], table: dict[str, Any], *, where: str) -> Any:
     """Validate a table; on a fault say which key, what stood there, and what is allowed."""
     try:
-        return model.model_validate(table)
+        # As JSON, because there pydantic takes a list for a tuple and a string for a path, and is strict otherwise.
+        return model.model_validate_json(json.dumps(table, default=str))
     except ValidationError as error:
         faults = []
         known = {name: inspect.formatannotation(f.annotation) for name, f in model.model_fields.items()}

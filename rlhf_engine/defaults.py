@@ -37,9 +37,7 @@ class Defaults:
 
     @hookimpl(trylast=True)
     @torch.no_grad()
-    def rlhf_generate(
-        self, models: Models, prompts: list[Prompt], temperature: float, response_length: int
-    ) -> Rollout:
+    def rlhf_generate(self, models: Models, prompts: list[Prompt], temperature: float, response_length: int) -> Rollout:
         policy, tokenizer = models.policy, models.tokenizer
         assert policy is not None, "rlhf_generate needs models.policy"
         prompt_tokens, prompt_mask = left_pad(tokenizer.encode([p.text for p in prompts]), tokenizer.pad_id)

@@ -1,16 +1,17 @@
 """The steps of RLHF as methods: the stages are written with them, and so can be any loop of yours.
 
-    engine = Engine(plugins=[GRPO(), Brevity()], models=models)
-    rollout = engine.generate(prompts)                  # sample
-    batch = engine.experience(rollout, prompts)         # score -> token rewards -> advantages
-    for minibatch in batch.split(8):
-        loss = engine.loss(minibatch)
-        loss.value.backward()                           # the optimizer and the loop are yours
+engine = Engine(plugins=[GRPO(), Brevity()], models=models)
+rollout = engine.generate(prompts)                  # sample
+batch = engine.experience(rollout, prompts)         # score -> token rewards -> advantages
+for minibatch in batch.split(8):
+    loss = engine.loss(minibatch)
+    loss.value.backward()                           # the optimizer and the loop are yours
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rlhf_engine.batch import Batch, Loss, Output, Prompt, Reward, Rewarded, Rollout, Scored
-from rlhf_engine.manager import manager, require
+from rlhf_engine.config import did_you_mean
+from rlhf_engine.manager import PluginError, manager, require
 from rlhf_engine.models import Critic, Models, Policy
 
 __all__ = ["Engine", "RewardError"]
@@ -75,11 +77,11 @@ class Engine:
         self.needs = needs(self.manager)
         self.weights: dict[str, float] = {}
         """name -> weight of the rewards that answered last; 0: a metric only"""
-        for need, model in (("ref_logp", models.reference), ("values", models.critic)):
-            if need in self.needs and model is None:
-                raise ValueError(
-                    f'a plugin needs "{need}" and models.{"reference" if need == "ref_logp" else "critic"} is None'
-                )
+        if models.policy is None:
+            raise ValueError("models.policy is None: there is nothing to train")
+        for need, model in (("ref_logp", "reference"), ("values", "critic")):
+            if need in self.needs and getattr(models, model) is None:
+                raise PluginError(f'{" and ".join(self.needs[need])} needs "{need}", and models.{model} is None')
 
     # ------------------------------------------------------------------------------------------- experience
 
@@ -98,6 +100,8 @@ class Engine:
             temperature=self.temperature,
             response_length=self.response_length,
         )
+        if len(rollout) != len(repeated):
+            raise ValueError(f"rlhf_generate returned {len(rollout)} responses to {len(repeated)} prompts")
         if rollout.tokens.shape[1] == 0 or not rollout.mask.any(1).all():
             raise ValueError(
                 "rlhf_generate returned a response without tokens; every response needs at least one counted "
@@ -131,16 +135,23 @@ class Engine:
         if "values" in self.needs:
             values = self._by_rows(rollout, lambda rows: self._values(self.models.critic, rows))
         return rollout.extend(
-            Scored, scores=scores, rewards_by_name=by_name, old_logp=old_logp, ref_logp=ref_logp, values=values
+            Scored,
+            scores=scores,
+            rewards_by_name=by_name,
+            old_logp=old_logp,
+            ref_logp=ref_logp,
+            values=values,
         )
 
     def token_rewards(self, scored: Scored) -> Rewarded:
         """A reward for every token: by default the score at the last one, less a KL penalty if one is active."""
-        return scored.extend(Rewarded, rewards=self.hook.rlhf_token_rewards(scored=scored))
+        rewards = self.hook.rlhf_token_rewards(scored=scored)
+        return scored.extend(Rewarded, rewards=_per_token(rewards, scored, "rlhf_token_rewards"))
 
     def advantages(self, rewarded: Rewarded) -> Batch:
         """The algorithm's advantages, and the critic's targets."""
         advantages, returns = self.hook.rlhf_advantages(rewarded=rewarded)
+        advantages = _per_token(advantages, rewarded, "rlhf_advantages")
         return rewarded.extend(Batch, advantages=advantages, returns=returns)
 
     def experience(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Batch:
@@ -176,17 +187,21 @@ class Engine:
         return self.hook.rlhf_loss(output=self.output(batch), batch=batch)
 
     def update(self, batch: Batch, optimizer: Optimizer, *, max_grad_norm: float = 1.0) -> dict[str, float]:
-        """One optimizer step on a minibatch, in pieces of `rows_per_forward` whose gradients add up exactly."""
+        """One optimizer step on a minibatch, in pieces of `rows_per_forward` whose gradients add up exactly.
+
+        Raises FloatingPointError, and takes no step, if a gradient is not finite.
+        """
         batch = with_totals(batch)
-        metrics = []
+        parts = []
         for piece in batch.split(self.rows_per_forward or len(batch)):
             loss = self.loss(piece)
             loss.value.backward()
-            metrics.append((len(piece), {"loss": loss.value.detach() * len(batch) / len(piece), **loss.metrics}))
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), max_grad_norm, error_if_nonfinite=True)
-        optimizer.step()
-        optimizer.zero_grad()
-        return {**combine(metrics), "grad_norm": float(norm)}
+            metrics = {"loss": loss.value.detach(), **loss.metrics}
+            # A loss is divided by the whole step's totals, so that of a piece is a share, where others are means.
+            share = len(piece) / len(batch)
+            parts.append((len(piece), {k: v / share if k.endswith("loss") else v for k, v in metrics.items()}))
+        norm = step_optimizer(optimizer, self.parameters(), max_grad_norm)
+        return {**combine(parts), "grad_norm": norm}
 
     def parameters(self) -> list[Tensor]:
         """What the optimizer trains: the policy's parameters, and the critic's if a plugin needs values."""
@@ -208,9 +223,7 @@ class Engine:
         return self.models.tokenizer.decode([[t for t, c in zip(*row, strict=True) if c] for row in rows])
 
     def _rewards(self, rollout: Rollout, prompts: list[Prompt]) -> tuple[dict[str, Tensor], Tensor]:
-        answers = self.hook.rlhf_reward(
-            rollout=rollout, prompts=prompts, texts=self.texts(rollout), models=self.models
-        )
+        answers = self.hook.rlhf_reward(rollout=rollout, prompts=prompts, texts=self.texts(rollout), models=self.models)
         by_name: dict[str, Tensor] = {}
         scores = torch.zeros(len(rollout), device=rollout.tokens.device)
         for reward in answers:
@@ -237,12 +250,18 @@ class Engine:
         if reward.name in before:
             raise RewardError(f"{where} was returned by two plugins (of: {askable}); give one of them another name")
         if not isinstance(reward.values, Tensor) or reward.values.shape != (rows,):
-            shape = tuple(reward.values.shape) if isinstance(reward.values, Tensor) else type(reward.values).__name__
-            raise RewardError(f"{where} returned values of shape {shape}; one number per response was asked: ({rows},)")
+            raise RewardError(
+                f"{where} returned {_described(reward.values)}; one number per response was asked: a tensor of "
+                f"shape ({rows},)"
+            )
+        if not math.isfinite(reward.weight):
+            raise RewardError(f"{where} has the weight {reward.weight}; it must be a finite number")
         values = reward.values.detach().float()
         if values.isinf().any():
             row = int(values.isinf().nonzero()[0])
-            raise RewardError(f"{where} returned {values[row]} for sample {row}; return a finite number, or NaN to abstain")
+            raise RewardError(
+                f"{where} returned {values[row]} for sample {row}; return a finite number, or NaN to abstain"
+            )
         return values
 
     def _by_rows(self, rollout: Rollout, function: Any) -> Tensor:
@@ -264,12 +283,38 @@ class Engine:
         return values.masked_fill(~rollout.mask, 0.0)
 
 
-def needs(made: pluggy.PluginManager) -> set[str]:
-    """What the plugins need, united; an unknown need is refused."""
-    wanted = set().union(*made.hook.rlhf_needs())
-    if wanted - NEEDS:
-        raise ValueError(f"rlhf_needs: unknown need {sorted(wanted - NEEDS)}; known: {', '.join(sorted(NEEDS))}")
+def needs(made: pluggy.PluginManager) -> dict[str, list[str]]:
+    """What the plugins need, and which of them need it; an unknown need is refused."""
+    impls = list(reversed(made.hook.rlhf_needs.get_hookimpls()))
+    wanted: dict[str, list[str]] = {}
+    for impl, answer in zip(impls, made.hook.rlhf_needs(), strict=True):
+        for need in sorted(answer):
+            if need not in NEEDS:
+                raise PluginError(
+                    f"{impl.plugin_name}.rlhf_needs: unknown need {need!r}.{did_you_mean(need, NEEDS)} "
+                    f"Known: {', '.join(sorted(NEEDS))}"
+                )
+            wanted.setdefault(need, []).append(impl.plugin_name)
     return wanted
+
+
+def step_optimizer(optimizer: Optimizer, parameters: Iterable[Tensor], max_grad_norm: float) -> float:
+    """Scale the gradients down to `max_grad_norm`, step, and clear them; returns their norm before.
+
+    Raises FloatingPointError, and takes no step, if one of them is not finite.
+    """
+    parameters = list(parameters)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not norm.isfinite():
+        optimizer.zero_grad()
+        raise FloatingPointError(
+            f"the gradients' norm is {float(norm)}, so this step was not taken. Look for a learning rate that is too "
+            "high, and for rewards, log-probs or a loss that are not finite."
+        )
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(norm)
 
 
 def with_totals(batch: Batch) -> Batch:
@@ -288,6 +333,20 @@ def combine(parts: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, float]:
         else sum(rows * float(m[name]) for rows, m in parts) / total
         for name in names
     }
+
+
+def _described(answer: Any) -> str:
+    return f"a tensor of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+
+
+def _per_token(answer: Any, rollout: Rollout, hook: str) -> Tensor:
+    """The answer of a hook, which must have one number per response token."""
+    if not isinstance(answer, Tensor) or answer.shape != rollout.mask.shape:
+        raise PluginError(
+            f"{hook} returned {_described(answer)}; one number per token was asked: a tensor of shape "
+            f"{tuple(rollout.mask.shape)}"
+        )
+    return answer
 
 
 def _sequence(rollout: Rollout) -> tuple[Tensor, Tensor]:

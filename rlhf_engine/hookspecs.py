@@ -26,7 +26,18 @@ import pluggy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlhf_engine.batch import Batch, Document, Loss, Output, Preference, Prompt, Reward, Rewarded, Rollout, Scored
+from rlhf_engine.batch import (
+    Batch,
+    Document,
+    Loss,
+    Output,
+    Preference,
+    Prompt,
+    Reward,
+    Rewarded,
+    Rollout,
+    Scored,
+)
 from rlhf_engine.models import Models
 from rlhf_kernels import Advantages
 

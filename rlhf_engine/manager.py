@@ -1,14 +1,19 @@
 """Load the plugins that a run names, and refuse what would otherwise go wrong in silence.
 
 One manager per run, no global one. Refused at load: a name that is not installed, two plugins that answer one
-one-answer hook, a misspelt hook or argument, an object that answers nothing, a stage that two plugins bring.
+one-answer hook, a misspelt hook or argument, a method that lacks its mark, an object that answers nothing, a
+stage that two plugins bring. While the run goes on, an exception in a hook gets a note with the names of the
+plugin and the hook.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import pluggy
@@ -18,7 +23,18 @@ from rlhf_engine.config import ConfigError, RunFile, build, did_you_mean, table_
 from rlhf_engine.defaults import Defaults
 from rlhf_engine.hookspecs import Stage
 
-__all__ = ["PluginError", "answers", "installed", "load", "load_plugins", "manager", "require", "stages", "winners"]
+__all__ = [
+    "PluginError",
+    "answers",
+    "candidates",
+    "installed",
+    "load",
+    "load_plugins",
+    "manager",
+    "require",
+    "stages",
+    "winners",
+]
 
 GROUP = "rlhf_engine"
 
@@ -49,37 +65,54 @@ def load(name: str) -> type:
     """The plugin class of an entry-point name or a "package.module:Class" path."""
     if ":" in name:
         module, _, attribute = name.partition(":")
-        try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise PluginError(f'the plugin "{name}" cannot be loaded: {error}') from error
+        return _loaded(lambda: getattr(importlib.import_module(module), attribute), f'"{name}"')
     known = installed()
     if name not in known:
         raise PluginError(
             f'no plugin named "{name}" is installed.{did_you_mean(name, known)} Installed: '
             f"{', '.join(sorted(known))}. One that is not an entry point is named as package.module:Class."
         )
+    return _loaded(known[name].load, f'"{name}" ({_origin(known[name])})')
+
+
+def _loaded(find: Callable[[], Any], which: str) -> type:
     try:
-        return known[name].load()
-    except (ImportError, AttributeError) as error:
-        raise PluginError(f'the plugin "{name}" ({_origin(known[name])}) cannot be loaded: {error}') from error
+        plugin = find()
+    except Exception as error:  # whatever a foreign module does while it is imported
+        raise PluginError(f"the plugin {which} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not isinstance(plugin, type):
+        raise PluginError(f"the plugin {which} is a {type(plugin).__name__}; it must be a class")
+    return plugin
 
 
 def load_plugins(file: RunFile) -> dict[str, Any]:
-    """Make every plugin that a run file names, by name, with the options of its table."""
+    """Make every plugin that a run file names, by name, with the options of its table.
+
+    A stage is a plugin of the same name, unless a plugin of another name brings it.
+    """
+    known = installed()
+    names = [name for name in file.names if name in known or name in file.options.plugins]
+    tables = {table_name(name) for name in names}
+    for table in file.tables:
+        if table not in tables:
+            raise ConfigError(
+                f"{file.path}: the table [{table}] is for no plugin that [run] names "
+                f"({', '.join(sorted(tables))}).{did_you_mean(table, tables)}"
+            )
     return {
         name: build(load(name), file.tables.get(table_name(name), {}), where=f"{file.path}: [{table_name(name)}]")
-        for name in file.names
+        for name in names
     }
 
 
-def manager(plugins: Iterable[Any]) -> pluggy.PluginManager:
-    """A plugin manager with exactly these plugins (objects) and the engine's defaults, checked."""
+def manager(plugins: Iterable[Any] | Mapping[str, Any]) -> pluggy.PluginManager:
+    """A plugin manager with exactly these plugins (objects, or objects by name) and the engine's defaults, checked."""
     made = pluggy.PluginManager(GROUP)
     made.add_hookspecs(hookspecs)
-    made.register(Defaults(), name="engine defaults")
-    for plugin in plugins:
-        name = _name(made, plugin)
+    given = plugins.items() if isinstance(plugins, Mapping) else ((None, plugin) for plugin in plugins)
+    for label, plugin in given:
+        name = label or _name(made, plugin)
+        _refuse_unmarked(plugin, name)
         try:
             made.register(plugin, name=name)
         except pluggy.PluginValidationError as error:
@@ -91,6 +124,13 @@ def manager(plugins: Iterable[Any]) -> pluggy.PluginManager:
             )
     _refuse_misspelt_hooks(made)
     _refuse_two_answers(made)
+    defaults = Defaults()
+    for hook in _hooks(made):
+        if _answering(getattr(made.hook, hook)):
+            # It gives way altogether: pluggy would ask it, in silence, wherever the plugin answers None.
+            setattr(defaults, hook, None)
+    made.register(defaults, name="engine defaults")
+    _watch(made)
     return made
 
 
@@ -102,6 +142,13 @@ def _name(made: pluggy.PluginManager, plugin: Any) -> str:
     while made.has_plugin(name):
         name, count = f"{type(plugin).__name__} {count}", count + 1
     return name
+
+
+def _refuse_unmarked(plugin: Any, name: str) -> None:
+    for attribute in dir(plugin):
+        method = getattr(plugin, attribute) if attribute.startswith("rlhf_") else None
+        if inspect.isroutine(method) and not hasattr(method, f"{GROUP}_impl"):
+            raise PluginError(f"{name}.{attribute} would never be called: put @hookimpl before it, or rename it")
 
 
 def _hooks(made: pluggy.PluginManager) -> list[str]:
@@ -123,7 +170,7 @@ def _misspelt_argument(made: pluggy.PluginManager, plugin: Any, name: str, error
     for hook in _hooks(made):
         method = getattr(plugin, hook, None)
         spec = getattr(made.hook, hook).spec
-        wanted = pluggy._hooks.varnames(method)[0] if method else ()
+        wanted = list(inspect.signature(method).parameters) if method else []
         for argument in wanted:
             if argument not in spec.argnames:
                 return (
@@ -153,7 +200,12 @@ def stages(made: pluggy.PluginManager) -> dict[str, Stage]:
     """The stages that the plugins bring, by name."""
     found: dict[str, tuple[str, Stage]] = {}
     for impl in made.hook.rlhf_stages.get_hookimpls():
-        for name, stage in impl.function().items():
+        try:
+            brought: dict[str, Stage] = impl.function()  # type: ignore[assignment]
+        except Exception as error:
+            _name_the_place(error, "rlhf_stages", [impl])
+            raise
+        for name, stage in brought.items():
             if name in found:
                 raise PluginError(f'{found[name][0]} and {impl.plugin_name} both bring a stage named "{name}"')
             found[name] = (impl.plugin_name, stage)
@@ -205,3 +257,48 @@ def winners(made: pluggy.PluginManager) -> dict[str, list[str]]:
         plain = [i.plugin_name for i in called if not (i.wrapper or i.hookwrapper)]
         result[hook] = [*wrappers, *(plain[:1] if caller.spec.opts["firstresult"] else plain)]
     return result
+
+
+# ------------------------------------------------------------------------------------- while the run goes on
+
+
+def _watch(made: pluggy.PluginManager) -> None:
+    """Name the plugin and the hook in whatever goes wrong inside one, and refuse None as the one answer."""
+
+    def before(hook: str, impls: Sequence[Any], arguments: Any) -> None:
+        pass
+
+    def after(outcome: pluggy.Result[Any], hook: str, impls: Sequence[Any], arguments: Any) -> None:
+        if outcome.exception is not None:
+            _name_the_place(outcome.exception, hook, impls)
+            return
+        answer = outcome.get_result()
+        if isinstance(answer, Iterator):
+            outcome.force_result(_watched(answer, hook, impls))
+        elif answer is None and getattr(made.hook, hook).spec.opts["firstresult"]:
+            asked = " and ".join(impl.plugin_name for impl in reversed(impls)) or "no plugin of this run"
+            outcome.force_exception(PluginError(f"{hook} needs an answer, and {asked} gave None. A missing `return`?"))
+
+    made.add_hookcall_monitoring(before, after)
+
+
+def _watched(items: Iterator[Any], hook: str, impls: Sequence[Any]) -> Iterator[Any]:
+    """The same items; a generator of a plugin raises only when it is read."""
+    try:
+        yield from items
+    except Exception as error:
+        _name_the_place(error, hook, impls)
+        raise
+
+
+def _name_the_place(error: BaseException, hook: str, impls: Sequence[Any]) -> None:
+    """Add a note with the plugin whose implementation of this hook stands deepest in the traceback."""
+    places = [
+        f"{impl.plugin_name}.{hook} ({Path(frame.f_code.co_filename).name}, line {line})"
+        for frame, line in walk_tb(error.__traceback__)
+        for impl in impls
+        if inspect.unwrap(impl.function).__code__ is frame.f_code
+        and frame.f_locals.get("self", impl.plugin) is impl.plugin  # a run may have two plugins of one class
+    ]
+    if places:
+        error.add_note(f"raised in {places[-1]}")

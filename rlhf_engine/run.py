@@ -6,17 +6,18 @@ import fcntl
 import json
 import logging
 import platform
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from rlhf_engine.checkpoint import text_hash, verify_folder
-from rlhf_engine.config import ConfigError, RunFile
-from rlhf_engine.manager import PluginError, load_plugins, manager, require, stages
-from rlhf_engine.config import did_you_mean
+from rlhf_engine.checkpoint import DamagedCheckpoint, text_hash, verify_folder
+from rlhf_engine.config import ConfigError, RunFile, did_you_mean
+from rlhf_engine.manager import PluginError, candidates, load_plugins, manager, require, stages
 
 __all__ = ["Run", "log"]
 
@@ -35,14 +36,15 @@ class Run:
         self.folder = Path(file.options.folder)
         self.seed = file.options.seed
         self.plugins = load_plugins(file)
-        self.manager = manager(self.plugins.values())
+        self.manager = manager(self.plugins)
         self.hook = self.manager.hook
         found = stages(self.manager)
         for name in file.options.stages:
             if name not in found:
+                known = sorted({*found, *candidates("rlhf_stages")})
                 raise PluginError(
-                    f'{file.path}: no plugin of this run brings a stage named "{name}".{did_you_mean(name, found)} '
-                    f"Stages here: {', '.join(found)}"
+                    f'{file.path}: no plugin of this run brings a stage named "{name}".{did_you_mean(name, known)} '
+                    f"Known stages: {', '.join(known)}. The plugin that brings another one must stand in [run] plugins."
                 )
             require(self.manager, found[name].requires, by=f"the stage {name}")
         self.stages = {name: found[name] for name in file.options.stages}
@@ -85,13 +87,15 @@ class Run:
             for position, (name, stage) in enumerate(self.stages.items()):
                 done = self.result(name)
                 if done is not None:
-                    verify_folder(done)
+                    _verify_result(done)
                     self.say(f"{name}: done before, kept in {done}")
                     continue
                 # Each stage begins from a seed of its own, so that a finished one need not be repeated.
-                torch.manual_seed(self.seed * 1000 + position)
+                _seed_everything(self.seed * 1000 + position)
                 self.say(f"{name}: begins")
                 stage.work(self)
+                if self.result(name) is None:
+                    raise PluginError(f"the stage {name} left no folder {self.folder / name / 'result'}; it must")
 
     def _same_config_as_before(self) -> None:
         """Refuse to go on in the folder of a run that was configured otherwise, and name the differences."""
@@ -122,6 +126,20 @@ class Run:
             except OSError:
                 raise ConfigError(f"{self.folder} is in use by another process of the same run") from None
             yield
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _verify_result(folder: Path) -> None:
+    try:
+        verify_folder(folder)
+    except DamagedCheckpoint as error:
+        error.add_note(f"Put back a copy, or delete {folder} to do that stage again from its last checkpoint.")
+        raise
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, str]:

@@ -24,8 +24,7 @@ def normalise(text: str) -> str:
     What data sets do to the same text (case, spaces around punctuation, `&amp;` for `&`, curly quotes) makes no
     difference, so equal results mean the same text.
     """
-    decomposed = unicodedata.normalize("NFKD", unescape(text))
-    return _NOT_LETTERS_OR_DIGITS.sub("", decomposed).casefold()
+    return _NOT_LETTERS_OR_DIGITS.sub("", unicodedata.normalize("NFKD", unescape(text)).casefold())
 
 
 def part(text: str, *, heldout: float = 0.1, gold: float = 0.1) -> Split:
@@ -38,9 +37,7 @@ def part(text: str, *, heldout: float = 0.1, gold: float = 0.1) -> Split:
     Raises ValueError if the shares are negative or add up to more than 1.
     """
     if heldout < 0 or gold < 0 or heldout + gold > 1:
-        raise ValueError(
-            f"part(heldout={heldout}, gold={gold}): both must be at least 0, and together at most 1"
-        )
+        raise ValueError(f"part(heldout={heldout}, gold={gold}): both must be at least 0, and together at most 1")
     digest = sha256(normalise(text).encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64
     if position < heldout:

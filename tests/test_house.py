@@ -19,6 +19,7 @@ from tests.house import (
     libraries_outside_their_wrapper,
     operations_without_twins,
     pickles,
+    plugins_that_name_themselves,
     plugins_without_twins,
 )
 
@@ -103,7 +104,7 @@ SOUND = {
     ),
     "rlhf_engine/batch.py": "import json, torch\nmodel.load(folder)",
     "plugins/__init__.py": "",
-    "plugins/hf/__init__.py": "import transformers\nfrom rlhf_plugins.hf.a import b\nfrom .a import c",
+    "plugins/hf/__init__.py": "import transformers\nfrom . import a\nfrom .a import c",
     "plugins/hf/a.py": "from tokenizers import Tokenizer\nfrom rlhf_engine import hookimpl",
     "tests/kernels/test_gae.py": "import triton",
     "tests/plugins/test_hf.py": "import rlhf_plugins.hf",
@@ -137,6 +138,8 @@ BREACHES = [
     (imports_of_the_folder_name, "examples/own.py", "from plugins.hf import HF"),
     (imports_of_the_folder_name, "tests/test_x.py", "import plugins"),
     (imports_of_the_folder_name, "bench/bench_step.py", "import_module('plugins.hf')"),
+    (plugins_that_name_themselves, "plugins/hf/__init__.py", "from rlhf_plugins.hf.a import b"),
+    (plugins_that_name_themselves, "plugins/hf/a.py", "def f():\n    import rlhf_plugins.hf"),
     (pickles, "rlhf_engine/checkpoint.py", "import pickle"),
     (pickles, "rlhf_engine/checkpoint.py", "import torch\nstate = torch.load('x', weights_only=True)"),
     (pickles, "plugins/hf/a.py", "from torch import save"),
@@ -169,9 +172,7 @@ def test_a_sound_tree_has_no_fault(tmp_path: Path, rule: Callable[[Path], list[s
 
 
 @pytest.mark.parametrize(("rule", "path", "text"), BREACHES)
-def test_a_breach_is_reported(
-    tmp_path: Path, rule: Callable[[Path], list[str]], path: str, text: str
-) -> None:
+def test_a_breach_is_reported(tmp_path: Path, rule: Callable[[Path], list[str]], path: str, text: str) -> None:
     plant(tmp_path, {**SOUND, path: text})
     faults = rule(tmp_path)
     assert faults

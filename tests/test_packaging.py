@@ -99,9 +99,7 @@ def test_the_wheel_says_what_it_needs(distribution: Distribution) -> None:
     assert "Apache License" in (distribution.read_text("licenses/LICENSE") or "")
 
 
-def test_every_entry_point_loads_from_the_wheel_outside_the_repository(
-    installed: Path, tmp_path: Path
-) -> None:
+def test_every_entry_point_loads_from_the_wheel_outside_the_repository(installed: Path, tmp_path: Path) -> None:
     libraries = sysconfig.get_path("purelib")
     command = [sys.executable, "-I", "-S", "-c", LOAD_EVERYTHING, str(installed), libraries]
     loaded = set(run(*command, cwd=tmp_path).splitlines())
@@ -114,9 +112,7 @@ def test_every_entry_point_loads_from_the_wheel_outside_the_repository(
 def test_the_editable_install_finds_plugins_from_anywhere(tmp_path: Path) -> None:
     code = "import rlhf_plugins; print(*rlhf_plugins.__path__)"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.split() == [str(ROOT / "plugins")], done.stderr
 
 

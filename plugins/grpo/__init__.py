@@ -1,4 +1,4 @@
-"""Group Relative Policy Optimization (Shao et al. 2024, arXiv:2402.03300), and its DAPO and Dr.GRPO variants by option."""
+"""Group Relative Policy Optimization (Shao et al. 2024, arXiv:2402.03300); DAPO and Dr.GRPO by option."""
 
 from __future__ import annotations
 
@@ -53,4 +53,7 @@ class GRPO:
             return Loss(value=policy.loss, metrics=policy.metrics)
         kl = kl_estimate(output.logp, batch.ref_logp, kind="k3")
         penalty = masked_mean(kl, batch.mask, normalizer=batch.total_tokens)
-        return Loss(value=policy.loss + self.kl_coefficient * penalty, metrics={**policy.metrics, "kl_loss": penalty.detach()})
+        return Loss(
+            value=policy.loss + self.kl_coefficient * penalty,
+            metrics={**policy.metrics, "kl_loss": penalty.detach()},
+        )

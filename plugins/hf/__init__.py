@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -46,13 +45,14 @@ def load_models(
         FileNotFoundError: one of the folders is none.
         ValueError: a folder that does not fit its purpose, or two tokenizers that differ.
     """
-    policy, tokenizer = _policy_and_tokenizer(folder)
-    models = Models(tokenizer=tokenizer, policy=policy.to(device), device=torch.device(device))
+    tokenizer = HFTokenizer.load(folder)
+    policy = HFPolicy.load_folder(folder).to(device)
+    models = Models(tokenizer=tokenizer, policy=policy, device=torch.device(device))
     if reference:
         models.reference = copy.deepcopy(policy).requires_grad_(False).eval()
     if reward_model is not None:
         judge = HFScalar.load_folder(reward_model)
-        if not tokenizer.same_tokens(HFTokenizer.load(reward_model, judge.vocabulary)):
+        if not tokenizer.same_tokens(HFTokenizer.load(reward_model)):
             raise ValueError(
                 f"the reward model in {reward_model} and the policy in {folder} have different tokenizers: it could "
                 "not read what the policy writes"
@@ -99,34 +99,37 @@ class HuggingFace:
 
     @hookimpl
     def rlhf_models(self, run: Run, stage: str, needs: set[str]) -> Models:
-        if stage == "pretrain":
-            policy, tokenizer = _policy_and_tokenizer(self.policy) if self.policy else self._fresh(run)
-            return Models(tokenizer=tokenizer, policy=policy.to(self.device), device=torch.device(self.device))
+        device = torch.device(self.device)
         start = run.result("pretrain") or self.policy
+        if stage == "pretrain":
+            fresh = not self.policy
+            tokenizer = self._fresh_tokenizer(run) if fresh else HFTokenizer.load(self.policy)
+            policy = self._fresh_policy(tokenizer, run.seed) if fresh else HFPolicy.load_folder(self.policy)
+            return Models(tokenizer=tokenizer, policy=policy.to(device), device=device)
         if not start:
             raise ValueError(
                 f"the stage {stage!r} needs a language model to start from: put 'pretrain' before it in [run] "
                 "stages, or name a Hugging Face folder as `policy` in [hf]"
             )
         if stage == "reward":
-            _, tokenizer = _policy_and_tokenizer(start)
+            tokenizer = HFTokenizer.load(start)
             reward_model = HFScalar.on_trunk(start, pad_id=tokenizer.pad_id)
             reward_model.initialise_reward_head(run.seed)
-            return Models(
-                tokenizer=tokenizer, reward_model=reward_model.to(self.device), device=torch.device(self.device)
-            )
+            return Models(tokenizer=tokenizer, reward_model=reward_model.to(device), device=device)
         return load_models(
             start,
             reference="ref_logp" in needs,
             critic="values" in needs,
             reward_model=run.result("reward"),
-            device=self.device,
+            device=device,
         )
 
-    def _fresh(self, run: Run) -> tuple[HFPolicy, HFTokenizer]:
-        texts = list(islice(_training_texts(run), self.tokenizer_documents))
-        tokenizer = HFTokenizer.train(texts, self.vocabulary, run.say)
-        policy = HFPolicy.fresh(
+    def _fresh_tokenizer(self, run: Run) -> HFTokenizer:
+        documents = (d.text for d in run.hook.rlhf_documents(run=run) if d.split == "train")
+        return HFTokenizer.train(list(islice(documents, self.tokenizer_documents)), self.vocabulary, run.say)
+
+    def _fresh_policy(self, tokenizer: HFTokenizer, seed: int) -> HFPolicy:
+        return HFPolicy.fresh(
             vocabulary=len(tokenizer),
             hidden=self.hidden,
             layers=self.layers,
@@ -135,15 +138,5 @@ class HuggingFace:
             context=self.context,
             pad_id=tokenizer.pad_id,
             end_id=tokenizer.end_id,
-            seed=run.seed,
+            seed=seed,
         )
-        return policy, tokenizer
-
-
-def _training_texts(run: Run) -> Iterator[str]:
-    return (document.text for document in run.hook.rlhf_documents(run=run) if document.split == "train")
-
-
-def _policy_and_tokenizer(folder: Path | str) -> tuple[HFPolicy, HFTokenizer]:
-    policy = HFPolicy.load_folder(folder)
-    return policy, HFTokenizer.load(folder, policy.vocabulary)

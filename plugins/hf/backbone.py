@@ -35,7 +35,5 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tenso
             f"row {int(lengths.argmax())} has {int(lengths.max())} tokens, but the model's context is {context}: "
             "shorten the texts, or use a model with a longer context"
         )
-    output = model.base_model(
-        input_ids=tokens, attention_mask=mask, position_ids=positions(mask), use_cache=False
-    )
+    output = model.base_model(input_ids=tokens, attention_mask=mask, position_ids=positions(mask), use_cache=False)
     return output.last_hidden_state

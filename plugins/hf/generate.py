@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -14,30 +15,23 @@ from .backbone import context_of, positions
 __all__ = ["sample"]
 
 
-class _PreallocatedLayer(DynamicLayer):
-    """A cache layer that writes into room made once, where `DynamicLayer` copies everything at every token."""
+class _RoomyLayer(DynamicLayer):
+    """A filled cache layer with room for `extra` tokens: a `DynamicLayer` copies everything at every token."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, filled: DynamicLayer, extra: int) -> None:
         super().__init__()
-        self.length = length
-        self.used = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        rows, heads = key_states.shape[:2]
-        self.all_keys = key_states.new_empty(rows, heads, self.length, key_states.shape[3])
-        self.all_values = value_states.new_empty(rows, heads, self.length, value_states.shape[3])
-        self.is_initialized = True
+        self.dtype, self.device, self.is_initialized = filled.dtype, filled.device, True
+        self.keys, self.values = filled.keys, filled.values
+        self.all_keys, self.all_values = pad(filled.keys, (0, 0, 0, extra)), pad(filled.values, (0, 0, 0, extra))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, self.used = self.used, self.used + key_states.shape[2]
-        self.all_keys[:, :, start : self.used] = key_states
-        self.all_values[:, :, start : self.used] = value_states
-        self.keys, self.values = self.all_keys[:, :, : self.used], self.all_values[:, :, : self.used]
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        self.all_keys[:, :, start:end] = key_states
+        self.all_values[:, :, start:end] = value_states
+        self.keys, self.values = self.all_keys[:, :, :end], self.all_values[:, :, :end]
         return self.keys, self.values
 
 
@@ -113,33 +107,48 @@ def _decode(
     end_id: int,
 ) -> tuple[Tensor, Tensor]:
     rows, width = tokens.shape
-    cache = DynamicCache(config=model.config)
-    cache.layers = [
-        _PreallocatedLayer(width + length) if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
     padded = not mask.all()
     place = mask.sum(1, keepdim=True)
-    mask = torch.cat([mask, mask.new_ones(rows, length)], dim=1)
-    inputs: dict[str, Tensor] = {"position_ids": positions(mask[:, :width])} if padded else {}
+    hidden, cache = _read_prompts(model, tokens, mask, padded, length)
+    mask = pad(mask, (0, length), value=True)
     chosen = tokens.new_empty(rows, length)
-    logp = torch.empty(rows, length, dtype=torch.float32, device=tokens.device)
+    probability = torch.empty(rows, length, device=tokens.device)
     ended = torch.zeros(rows, dtype=torch.bool, device=tokens.device)
     for step in range(length):
-        if padded:
-            inputs["attention_mask"] = mask[:, : width + step]
-        output = model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True, **inputs)
-        tokens, logp[:, step] = _pick(logits_of(output.last_hidden_state[:, -1]) / temperature)
-        chosen[:, step] = tokens[:, 0]
+        token, probability[:, step] = _pick(logits_of(hidden) / temperature)
+        chosen[:, step] = token[:, 0]
         ended |= chosen[:, step] == end_id
-        if ended.all():
+        if step + 1 == length or ended.all():
             break
-        if padded:
-            inputs["position_ids"] = place + step
-    return chosen[:, : step + 1], logp[:, : step + 1]
+        seen = {"attention_mask": mask[:, : width + step + 1], "position_ids": place + step} if padded else {}
+        output = model.base_model(input_ids=token, past_key_values=cache, use_cache=True, **seen)
+        hidden = output.last_hidden_state[:, -1]
+    return chosen[:, : step + 1], probability[:, : step + 1].log()
+
+
+def _read_prompts(
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor, padded: bool, extra: int
+) -> tuple[Tensor, DynamicCache]:
+    """The hidden states `[B, H]` after the prompts, and their keys and values with room for `extra` tokens.
+
+    A prompt that stands in several rows, as in a group, is read once.
+    """
+    width = tokens.shape[1]
+    distinct, which = torch.cat([tokens, mask], dim=1).unique(dim=0, return_inverse=True)
+    tokens, mask = distinct[:, :width], distinct[:, width:].bool()
+    cache = DynamicCache(config=model.config)
+    seen = {"attention_mask": mask, "position_ids": positions(mask)} if padded else {}
+    output = model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True, **seen)
+    cache.batch_select_indices(which)
+    cache.layers = [
+        _RoomyLayer(layer, extra) if type(layer) is DynamicLayer and layer.is_initialized else layer
+        for layer in cache.layers
+    ]
+    return output.last_hidden_state[which, -1], cache
 
 
 def _pick(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """One token `[B, 1]` drawn from each row's softmax, and its log-prob `[B]`.
+    """One token `[B, 1]` drawn from each row's softmax, and its probability `[B]`.
 
     By inverting the cumulative distribution: one random number a row, where the exponential race that
     `torch.multinomial` runs draws one a token and takes as long as a small model. In fp64, since in fp32 the
@@ -148,5 +157,6 @@ def _pick(logits: Tensor) -> tuple[Tensor, Tensor]:
     probabilities = logits.softmax(-1)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     draw = 1 - torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)  # in (0, 1]
-    token = torch.searchsorted(cumulative, draw * cumulative[:, -1:]).clamp_(max=logits.shape[-1] - 1)
-    return token, probabilities.gather(-1, token).squeeze(-1).log()
+    token = torch.searchsorted(cumulative, draw * cumulative[:, -1:])
+    token.clamp_(max=logits.shape[-1] - 1)  # NaN is found behind the last token; the caller reports it
+    return token, probabilities.gather(-1, token).squeeze(-1)

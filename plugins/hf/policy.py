@@ -71,9 +71,7 @@ class HFPolicy(nn.Module):
         self, tokens: Tensor, mask: Tensor, *, length: int, temperature: float, end_id: int
     ) -> tuple[Tensor, Tensor]:
         """Sample after each left-padded prompt; see `rlhf_plugins.hf.generate.sample`."""
-        return sample(
-            self.model, self._logits, tokens, mask, length=length, temperature=temperature, end_id=end_id
-        )
+        return sample(self.model, self._logits, tokens, mask, length=length, temperature=temperature, end_id=end_id)
 
     def save(self, folder: Path) -> None:
         """Write a folder that `AutoModelForCausalLM.from_pretrained` opens."""
@@ -96,13 +94,15 @@ class HFPolicy(nn.Module):
 
     @torch.no_grad()
     def _require_plain_head(self) -> None:
-        """Some architectures scale their logits or project them further: refuse what `Heads` cannot say."""
-        tokens = torch.arange(4, device=self.model.device)[None]
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        expected = self.model(input_ids=tokens, use_cache=False).logits.float()
+        """Some architectures scale their logits, project them further or look at padding: refuse these."""
+        tokens = torch.tensor([[0, 1, 2, 3], [3, 3, 0, 1]], device=self.model.device)
+        mask = torch.tensor([[True] * 4, [False] * 2 + [True] * 2], device=self.model.device)
+        expected = self.model(input_ids=tokens[:1], use_cache=False).logits[0].float()
         actual = self._logits(hidden_states(self.model, tokens, mask))
-        if not torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        allowed = 1e-3 * expected.abs().max()
+        if not ((actual[0] - expected).abs().max() <= allowed and (actual[1, 2:] - expected[:2]).abs().max() <= allowed):
             raise ValueError(
-                f"the logits of {type(self.model).__name__} are not softcap(hidden @ weight.T + bias): this "
-                "architecture needs a policy of its own (see rlhf_engine.models.Policy)"
+                f"{type(self.model).__name__}: its logits are not softcap(hidden @ weight.T + bias), or they change "
+                "when the prompt is padded on the left; this architecture needs a policy of its own (see "
+                "rlhf_engine.models.Policy)"
             )

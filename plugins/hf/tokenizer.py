@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .folders import quiet, require_folder
+from .folders import quiet, read_config, require_folder
 
 __all__ = ["HFTokenizer"]
 
@@ -82,13 +82,14 @@ class HFTokenizer:
         )
 
     @classmethod
-    def load(cls, folder: Path | str, rows: int) -> HFTokenizer:
-        """The tokenizer of a folder whose model has `rows` rows in its embedding.
+    def load(cls, folder: Path | str) -> HFTokenizer:
+        """The tokenizer of a folder that also holds its model's configuration.
 
         Where the padding token is missing or is the end token (as in GPT-2 or Llama), a new one takes a row
         of the embedding that no token uses, or else the token for unknown text becomes it. Nothing is resized.
         """
         folder = require_folder(folder, "tokenizer_config.json")
+        rows = read_config(folder).get_text_config().vocab_size
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -107,15 +108,12 @@ class HFTokenizer:
         """The token ids of each text, without special tokens."""
         if not texts:
             return []
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
     def decode(self, tokens: list[list[int]]) -> list[str]:
         """The text of each row, without special tokens."""
         return [
-            self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            for row in tokens
+            self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in tokens
         ]
 
     def save(self, folder: Path) -> None:

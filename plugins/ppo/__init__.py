@@ -1,4 +1,4 @@
-"""Proximal Policy Optimization (Schulman et al. 2017, arXiv:1707.06347) with a critic and GAE, as InstructGPT uses it."""
+"""Proximal Policy Optimization (Schulman et al. 2017, arXiv:1707.06347), with a critic, as InstructGPT has it."""
 
 from __future__ import annotations
 

@@ -103,7 +103,13 @@ class Report:
         if "kl" in after:
             reached = after["kl"]
             beside = f"k3 {after['kl_k3']:.2f}"
-            yield Row("KL from the reference, nats per sequence", f"{reached:.2f}", beside, f"<= {self.kl:g}", reached <= self.kl)
+            yield Row(
+                "KL from the reference, nats per sequence",
+                f"{reached:.2f}",
+                beside,
+                f"<= {self.kl:g}",
+                reached <= self.kl,
+            )
         first = [step["first_approx_kl"] for step in history.get("rl", ())]
         if first:
             beside = f"largest of {len(first)} cycles"
@@ -158,13 +164,25 @@ def markdown(rows: list[Row], answers: list[dict[str, str]]) -> str:
     lines += [f"| {row.what} | {row.reached} | {row.beside} | {row.wanted} | {verdict(row)} |" for row in rows]
     lines += ["", "![scores and KL against steps](plot.png)", ""]
     for answer in answers:
-        lines += [f"**{answer['prompt']}**", f"- before: {answer['before']}", f"- after: {answer['after']}", ""]
+        lines += [
+            f"**{answer['prompt']}**",
+            f"- before: {answer['before']}",
+            f"- after: {answer['after']}",
+            "",
+        ]
     return "\n".join(lines)
 
 
 def print_table(rows: list[Row], answers: list[dict[str, str]]) -> None:
     console = get_console()
-    table = Table("", "reached", "beside", "wanted", "", title="what this run reached, on texts that no model was trained on")
+    table = Table(
+        "",
+        "reached",
+        "beside",
+        "wanted",
+        "",
+        title="what this run reached, on texts that no model was trained on",
+    )
     for row in rows:
         colour = "green" if row.met else "red"
         table.add_row(row.what, row.reached, row.beside, row.wanted, f"[{colour}]{verdict(row)}")

@@ -9,7 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only: a run may have no display
 
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 __all__ = ["draw"]
 

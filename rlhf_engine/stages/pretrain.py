@@ -66,7 +66,9 @@ class Pretrain:
         while at["step"] < self.steps:
             linear_to_zero(optimizer, at["step"], self.steps, warmup=self.warmup)
             tokens = blocks[at["cursor"] : at["cursor"] + self.batch_size].to(models.device)
-            loss = run.hook.rlhf_lm_loss(output=next_token_output(policy, tokens), mask=torch.ones_like(tokens[:, 1:]).bool())
+            loss = run.hook.rlhf_lm_loss(
+                output=next_token_output(policy, tokens), mask=torch.ones_like(tokens[:, 1:]).bool()
+            )
             loss.value.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), self.max_grad_norm, error_if_nonfinite=True)
             optimizer.step()
@@ -95,7 +97,9 @@ class Pretrain:
         counts = torch.bincount(blocks.flatten(), minlength=int(max(blocks.max(), heldout.max())) + 1) + 1.0
         unigram = (counts / counts.sum()).log()[heldout[:, 1:]].mean()
         results = {"heldout_perplexity": exp(-logp.mean()), "unigram_perplexity": exp(-unigram)}
-        run.say("pretrain: held-out perplexity {heldout_perplexity:.0f}, unigram {unigram_perplexity:.0f}".format(**results))
+        run.say(
+            "pretrain: held-out perplexity {heldout_perplexity:.0f}, unigram {unigram_perplexity:.0f}".format(**results)
+        )
         return results
 
 

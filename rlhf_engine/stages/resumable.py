@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 from torch.optim import Optimizer
 
-from rlhf_engine.batch import Batch
 from rlhf_engine.checkpoint import (
     Checkpoints,
     columns_state,
@@ -55,7 +54,7 @@ class Resumable:
         self.models = models
         self.optimizer = optimizer
         self.position = position
-        self.batch: Batch | None = None
+        self.batch: Any = None
         self.every = every
         self.built_from = built_from
         self.ticks = 0
@@ -63,7 +62,9 @@ class Resumable:
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         newest = self.checkpoints.latest()
-        if newest is not None:
+        if newest is None:
+            self.save()  # so that plugins' state (a log file's length, say) has a place to go back to
+        else:
             self._load(newest)
             run.say(f"{stage}: goes on from {newest}")
 
@@ -109,7 +110,8 @@ class Resumable:
         load_rng(state["rng"])
 
     def finish(self, write: Any) -> Path:
-        """Write the stage's result, whole or not at all."""
+        """Save once more, then write the stage's result, whole or not at all."""
+        self.save()
         return write_folder(self.run.folder / self.stage / "result", write)
 
 

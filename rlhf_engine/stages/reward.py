@@ -41,9 +41,7 @@ class RewardModel:
 
     @hookimpl
     def rlhf_stages(self) -> dict[str, Stage]:
-        return {
-            "reward": Stage(work=self.work, requires=("rlhf_preferences", "rlhf_models", "rlhf_preference_loss"))
-        }
+        return {"reward": Stage(work=self.work, requires=("rlhf_preferences", "rlhf_models", "rlhf_preference_loss"))}
 
     def work(self, run: Run) -> Path:
         models = run.hook.rlhf_models(run=run, stage="reward", needs=set())

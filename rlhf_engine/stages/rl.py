@@ -18,7 +18,7 @@ from rlhf_engine.stages.pretrain import save_result
 from rlhf_engine.stages.resumable import Resumable, linear_to_zero
 from rlhf_kernels import kl_estimate, masked_mean
 
-__all__ = ["RL", "rollout_metrics"]
+__all__ = ["RL"]
 
 
 @dataclass(eq=False)
@@ -54,34 +54,21 @@ class RL:
 
     @hookimpl
     def rlhf_stages(self) -> dict[str, Stage]:
-        hooks = ("rlhf_prompts", "rlhf_models", "rlhf_generate", "rlhf_reward", "rlhf_advantages", "rlhf_loss")
+        hooks = (
+            "rlhf_prompts",
+            "rlhf_models",
+            "rlhf_generate",
+            "rlhf_reward",
+            "rlhf_advantages",
+            "rlhf_loss",
+        )
         return {"rl": Stage(work=self.work, requires=hooks)}
 
     def work(self, run: Run) -> Path:
-        models = run.hook.rlhf_models(run=run, stage="rl", needs=needs(run.manager))
-        engine = Engine(
-            run.manager,
-            models,
-            temperature=self.temperature,
-            response_length=self.response_length,
-            samples_per_prompt=self.samples_per_prompt,
-            rows_per_forward=self.rows_per_forward or self.minibatch_size,
-            missing_end_score=self.missing_end_score,
-        )
+        engine = self._engine(run)
         prompts, heldout = self._prompts(run)
-        optimizer = run.hook.rlhf_optimizer(parameters=engine.parameters(), learning_rate=self.learning_rate)
-        trained = {"policy": models.policy, **({"critic": models.critic} if "values" in engine.needs else {})}
-        start = run.result("pretrain")
-        state = Resumable(
-            run,
-            "rl",
-            models=trained,  # type: ignore[arg-type]
-            optimizer=optimizer,
-            position={"step": 0, "cursor": 0, "update": 0, "order": None, "metrics": [], "before": None},
-            every=self.checkpoint_every,
-            built_from=folder_hash(start) if start else "",
-        )
-        at = state.position
+        state = self._state(run, engine)
+        at, optimizer = state.position, state.optimizer
         if at["before"] is None:
             run.say(f"rl: the starting policy answers {len(heldout)} held-out prompts")
             at["before"] = evaluate(engine, heldout, seed=run.seed)
@@ -94,23 +81,45 @@ class RL:
                 state.tick()
             linear_to_zero(optimizer, at["step"], self.steps)
             while at["update"] < len(at["order"]):
-                rows = at["order"][at["update"]]
-                metrics = engine.update(state.batch[rows], optimizer, max_grad_norm=self.max_grad_norm)
-                if at["update"] == 0:
-                    warn_if_off_policy(engine, metrics)
-                at["metrics"].append(metrics)
+                minibatch = state.batch[at["order"][at["update"]]]
+                at["metrics"].append(engine.update(minibatch, optimizer, max_grad_norm=self.max_grad_norm))
                 at["update"] += 1
                 state.tick()
             at["step"] += 1
-            metrics = {**rollout_metrics(state.batch), **combine([(1, m) for m in at["metrics"]])}
-            metrics["first_approx_kl"] = at["metrics"][0].get("approx_kl", 0.0)
-            metrics["samples"] = samples(engine, state.batch[:3])
-            run.step_end("rl", at["step"], self.steps, metrics)
+            run.step_end("rl", at["step"], self.steps, step_metrics(engine, state.batch, at["metrics"]))
             state.batch = None
 
         run.say(f"rl: the trained policy answers the same {len(heldout)} prompts")
         results = {"before": at["before"], "after": evaluate(engine, heldout, seed=run.seed)}
+        models = engine.models
         return state.finish(lambda folder: save_result(folder, models.policy, models.tokenizer, results))
+
+    def _engine(self, run: Run) -> Engine:
+        return Engine(
+            run.manager,
+            run.hook.rlhf_models(run=run, stage="rl", needs=needs(run.manager)),
+            temperature=self.temperature,
+            response_length=self.response_length,
+            samples_per_prompt=self.samples_per_prompt,
+            rows_per_forward=self.rows_per_forward or self.minibatch_size,
+            missing_end_score=self.missing_end_score,
+        )
+
+    def _state(self, run: Run, engine: Engine) -> Resumable:
+        optimizer = run.hook.rlhf_optimizer(parameters=engine.parameters(), learning_rate=self.learning_rate)
+        trained: dict[str, Any] = {"policy": engine.models.policy}
+        if "values" in engine.needs:
+            trained["critic"] = engine.models.critic
+        reference = run.result("pretrain")
+        return Resumable(
+            run,
+            "rl",
+            models=trained,
+            optimizer=optimizer,
+            position={"step": 0, "cursor": 0, "update": 0, "order": [], "metrics": [], "before": None},
+            every=self.checkpoint_every,
+            built_from=folder_hash(reference) if reference else "",
+        )
 
     def _prompts(self, run: Run) -> tuple[list[Prompt], list[Prompt]]:
         """The prompts to learn on, and a fixed few held-out ones to report on."""
@@ -149,7 +158,12 @@ def evaluate(engine: Engine, prompts: list[Prompt], *, seed: int) -> dict[str, A
 
     rewards = {name: judged(values, engine.weights[name]) for name, values in scored.rewards_by_name.items()}
     figures = sequence_metrics(scored)
-    return {"score": judged(scored.scores, 1.0), "rewards": rewards, **figures, "samples": samples(engine, scored)}
+    return {
+        "score": judged(scored.scores, 1.0),
+        "rewards": rewards,
+        **figures,
+        "samples": samples(engine, scored),
+    }
 
 
 def samples(engine: Engine, rollout: Rollout) -> list[dict[str, str]]:
@@ -176,6 +190,17 @@ def sequence_metrics(scored: Scored) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
+def step_metrics(engine: Engine, batch: Batch, updates: list[dict[str, float]]) -> dict[str, Any]:
+    """Everything there is to log of one cycle: its experience, its updates together, and a few samples."""
+    warn_if_off_policy(engine, updates[0])
+    return {
+        **rollout_metrics(batch),
+        **combine([(1, update) for update in updates]),
+        "first_approx_kl": updates[0].get("approx_kl", 0.0),
+        "samples": samples(engine, batch[:3]),
+    }
+
+
 def rollout_metrics(batch: Batch) -> dict[str, float]:
     """The figures of one cycle's experience: scores before and after shaping, returns, and the critic's error."""
     metrics = {
@@ -190,7 +215,11 @@ def rollout_metrics(batch: Batch) -> dict[str, float]:
         metrics["return"] = target.mean()
         metrics["value_error"] = error.square().mean()
         metrics["explained_variance"] = 1 - error.var(unbiased=False) / target.var(unbiased=False).clamp(min=1e-12)
-    return {**{name: float(value) for name, value in metrics.items()}, **sequence_metrics(batch), "episodes": len(batch)}
+    return {
+        **{name: float(value) for name, value in metrics.items()},
+        **sequence_metrics(batch),
+        "episodes": len(batch),
+    }
 
 
 def warn_if_off_policy(engine: Engine, metrics: dict[str, float]) -> None:

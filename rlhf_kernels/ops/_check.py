@@ -10,9 +10,7 @@ def floating(**tensors: Tensor) -> None:
     """Raise TypeError unless every tensor is floating-point. Pass the tensors under their argument names."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise TypeError(
-                f"{name} must be a floating-point tensor, got {tensor.dtype}; convert it with .float()"
-            )
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}; convert it with .float()")
 
 
 def integer(**tensors: Tensor) -> None:

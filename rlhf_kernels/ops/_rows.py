@@ -1,15 +1,19 @@
-"""How the operations over a vocabulary walk their rows: in tiles that stay in the cache, without a copy of [N, V]."""
+"""How the operations over a vocabulary walk their rows: in tiles that stay in the cache, with no second [N, V]."""
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# A tile of float32: small enough for one core's L2 cache, large enough to hide the cost of a launch.
+# A tile fits one core's L2 cache (1 MiB of float32), and is still large enough to hide the cost of a launch.
 CPU_TILE_ELEMENTS_PER_THREAD = 2**18
 DEVICE_TILE_ELEMENTS = 2**26
 SMALLEST_TILE_ELEMENTS = 2**16
+
+# Stands for log 0 where it meets a probability of 0: being finite, it makes the product 0.
+SMALLEST_LOG = -1e30
 
 
 def rows_first(x: Tensor, rows: int) -> Tensor:
@@ -21,8 +25,17 @@ def rows_first(x: Tensor, rows: int) -> Tensor:
     return x.reshape(1, rows, x.shape[-1])
 
 
+def tile_rows(x: Tensor, dtype: torch.dtype) -> int:
+    """Rows of x [..., V] in a tile of this dtype: it fits the cache and takes at most a sixteenth of x's memory,
+    unless x is small."""
+    on_cpu = x.device.type == "cpu"
+    budget = CPU_TILE_ELEMENTS_PER_THREAD * torch.get_num_threads() if on_cpu else DEVICE_TILE_ELEMENTS
+    share = x.numel() * x.element_size() // (16 * dtype.itemsize)
+    return max(1, min(budget, max(share, SMALLEST_TILE_ELEMENTS)) // max(1, x.shape[-1]))
+
+
 def tiles(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
-    """Index pairs that cut x [A, B, V] into tiles of `tile_rows` rows or a few more."""
+    """Indices that cut x [A, B, V] into tiles of at most `tile_rows` rows."""
     rows = tile_rows(x, dtype)
     step = max(1, rows // max(1, x.shape[1]))
     for first in range(0, x.shape[0], step):
@@ -30,20 +43,51 @@ def tiles(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
             yield slice(first, first + step), slice(second, second + rows)
 
 
-def tile_rows(x: Tensor, dtype: torch.dtype) -> int:
-    """Rows of x [..., V] that a scratch tile of this dtype holds: it fits the cache, and the tile is at most a
-    sixteenth of x in memory unless x is small."""
-    on_cpu = x.device.type == "cpu"
-    budget = CPU_TILE_ELEMENTS_PER_THREAD * torch.get_num_threads() if on_cpu else DEVICE_TILE_ELEMENTS
-    share = x.numel() * x.element_size() // (16 * dtype.itemsize)
-    return max(1, min(budget, max(share, SMALLEST_TILE_ELEMENTS)) // max(1, x.shape[-1]))
+def part(value: Any, tile: tuple[slice, slice]) -> Any:
+    """The part of a per-row tensor that belongs to a tile; a number or None belongs to every tile."""
+    return value[tile] if isinstance(value, Tensor) else value
+
+
+class Scratch:
+    """Memory for one tile of x [A, B, V], used again for the next."""
+
+    def __init__(self, x: Tensor, dtype: torch.dtype) -> None:
+        elements = min(x.numel(), tile_rows(x, dtype) * x.shape[-1])
+        self._memory = torch.empty(elements, dtype=dtype, device=x.device)
+
+    def like(self, tile: Tensor) -> Tensor:
+        """The memory, uninitialised, in the shape of this tile."""
+        return self._memory[: tile.numel()].view(tile.shape)
+
+
+def shifted(x: Tensor, shift: Tensor, inverse: float | Tensor | None, out: Tensor) -> Tensor:
+    """(x - shift) / temperature into out, computed in the dtype of out. `out` may be x itself."""
+    if x.dtype == out.dtype:
+        torch.sub(x, shift, out=out)
+    else:
+        out.copy_(x).sub_(shift)
+    return out if inverse is None else out.mul_(inverse)
+
+
+def finite_maximum(x: Tensor) -> Tensor:
+    """The maximum of each row as a column; 0 for a row of nothing but -inf, so that x - maximum is no NaN."""
+    maximum = x.amax(-1, keepdim=True)
+    return maximum.masked_fill_(maximum == -math.inf, 0)
+
+
+def total_and_entropy(z: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_j exp(z_j), and the entropy of softmax(z), as columns. Overwrites z and scratch."""
+    exponential = torch.exp(z, out=scratch)
+    total = exponential.sum(-1, keepdim=True)
+    log_p = z.sub_(total.log()).clamp_(min=SMALLEST_LOG)
+    entropy = exponential.mul_(log_p).sum(-1, keepdim=True).div_(total).neg_()
+    return total, entropy.masked_fill_(total == 0, 0)
 
 
 def zero_rows(tile: Tensor, dead: Tensor) -> None:
     """Set the rows of tile [A, B, V] where dead [A, B] is True to exactly 0, whatever they hold."""
-    if tile.device.type == "cpu":  # by index: a masked fill would pass over the whole tile, and slowly
-        first, second = dead.nonzero(as_tuple=True)
-        tile[first, second] = 0
+    if tile.device.type == "cpu":  # by index: a masked fill visits every element, slowly
+        tile[dead.nonzero(as_tuple=True)] = 0
     else:
         tile.masked_fill_(dead.unsqueeze(-1), 0)
 
@@ -54,7 +98,7 @@ def inverse_temperature(
     """1 / temperature: None for 1, a number, or a tensor of this shape for one temperature per row.
 
     Raises ValueError for a temperature that is not positive and finite (on a GPU such a row becomes NaN instead,
-    because looking would make the host wait), of a wrong shape, or that asks for a gradient.
+    because looking would make the host wait), that has a wrong shape, or that asks for a gradient.
     """
     if not isinstance(temperature, Tensor):
         if not (temperature > 0 and math.isfinite(temperature)):
@@ -71,7 +115,5 @@ def inverse_temperature(
         temperature = temperature.masked_fill(~mask, 1)
     valid = (temperature > 0) & temperature.isfinite()
     if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(valid.all()):
-        raise ValueError(
-            f"temperature must be positive and finite in every row, got {temperature[~valid][0].item()}"
-        )
+        raise ValueError(f"temperature must be positive and finite in every row, got {temperature[~valid][0].item()}")
     return torch.where(valid, temperature, math.nan).reciprocal()

@@ -9,7 +9,6 @@ from torch import Tensor
 from rlhf_kernels.ops import _check
 
 _BLOCK = 32
-_WIDEST = 256
 
 
 class Advantages(NamedTuple):
@@ -29,15 +28,14 @@ def gae(
     lam: float = 0.95,
     bootstrap: Tensor | None = None,
 ) -> Advantages:
-    """Generalised advantage estimation: `A_t = delta_t + gamma * lam * A_t'`, `return_t = A_t + V_t`.
+    """Generalised advantage estimation: `A_t = delta_t + gamma * lam * A_t'` and `return_t = A_t + V_t`.
 
     `delta_t = r_t + gamma * V_t' - V_t`, where t' is the *next counted* token of the same row. Masked positions
     are skipped exactly: the counted tokens get what they would get with the holes cut out, whatever lies
     beneath the holes (NaN too). After a row's last counted token V is `bootstrap`, or 0 if the text ended there.
 
-    The results are targets, so they carry no gradient. The sums run in float64 (also under autocast and with
-    reduced-precision matrix products switched on), hence the answer is exact to the rounding of its dtype.
-    On a CPU the mask is looked at to find out whether any packing is needed; on other devices nothing waits.
+    The results are targets, so they carry no gradient. On a CPU the mask is looked at: rows that are not plain
+    prefixes are packed first, which takes longer. Other devices always pack, so that nothing waits for them.
 
     Args:
         rewards: `[B, T]` floating, reward of each token.
@@ -48,7 +46,7 @@ def gae(
         bootstrap: `[B]` floating, value after the last counted token of a truncated row; None = terminal, 0.
 
     Returns:
-        `[B, T]` float32 (float64 if rewards or values are): zeros where masked.
+        `[B, T]` float32 (float64 if rewards or values are), 0 where masked.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -60,22 +58,18 @@ def gae(
     _check_arguments(rewards, values, mask, gamma, lam, bootstrap)
     dtype = _check.accumulation_dtype(rewards, values)
     rewards, values = rewards.to(dtype), values.to(dtype)
-    if mask.numel() == 0:
-        return Advantages(torch.zeros_like(rewards), torch.zeros_like(values))
-    full, runs = _look_at(mask)
+    full, prefix = _look_at(mask)
     if not full:
-        bits = _bits(mask, dtype)
+        bits = mask.to(torch.int32 if dtype == torch.float32 else torch.int64).neg_()
         rewards, values = _zero_masked(rewards, bits), _zero_masked(values, bits)
-    if runs:
+    if prefix:
         deltas = _residuals(rewards, values, mask, gamma, bootstrap)
-        advantages = _discounted_sums(deltas, gamma * lam).to(dtype)
+        advantages = _discounted_sums(deltas, gamma * lam)
     else:
         order, packed_mask = _packing(mask)
         packed_rewards, packed_values = (torch.zeros_like(x).scatter_(1, order, x) for x in (rewards, values))
         deltas = _residuals(packed_rewards, packed_values, packed_mask, gamma, bootstrap)
-        advantages = _discounted_sums(deltas, gamma * lam).to(dtype).gather(1, order)
-    if not full:
-        advantages = _zero_masked(advantages, bits)
+        advantages = _discounted_sums(deltas, gamma * lam).gather(1, order)
     return Advantages(advantages, advantages + values)
 
 
@@ -95,30 +89,21 @@ def _check_arguments(
         _check.floating(bootstrap=bootstrap)
         if bootstrap.shape != rewards.shape[:1]:
             raise ValueError(
-                f"bootstrap has shape {list(bootstrap.shape)}, expected {[len(rewards)]} (one value per row)"
+                f"bootstrap has shape {list(bootstrap.shape)}, expected [{len(rewards)}] (one value per row)"
             )
 
 
 def _look_at(mask: Tensor) -> tuple[bool, bool]:
-    """Whether every token counts, and whether each row's counted tokens form one run without a hole."""
+    """Whether every token counts, and whether in every row nothing counts after a masked position."""
     if mask.device.type != "cpu" or torch.compiler.is_compiling():
         return False, False  # to look would wait for the device or break the graph; packing is right for any mask
     if int(mask.count_nonzero()) == mask.numel():
         return True, True
-    later_starts = int((mask[:, 1:] > mask[:, :-1]).count_nonzero())
-    if later_starts == 0:
-        return False, True
-    runs = later_starts + int(mask[:, 0].count_nonzero())
-    return False, runs == int(mask.any(1).count_nonzero())
-
-
-def _bits(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """All bits set where the mask is True, none where it is False, as wide as `dtype`."""
-    return mask.to(torch.int32 if dtype == torch.float32 else torch.int64).neg_()
+    return False, int((mask[:, 1:] > mask[:, :-1]).count_nonzero()) == 0
 
 
 def _zero_masked(x: Tensor, bits: Tensor) -> Tensor:
-    """`torch.where(mask, x, 0)`, NaN-proof like it, but vectorised on a CPU: 4 times as fast there."""
+    """`torch.where(mask, x, 0)`, NaN-proof like it, by ANDing all-ones or all-zeros: 4 times as fast on a CPU."""
     return x.view(bits.dtype).bitwise_and(bits).view(x.dtype)
 
 
@@ -133,42 +118,60 @@ def _packing(mask: Tensor) -> tuple[Tensor, Tensor]:
 def _residuals(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, bootstrap: Tensor | None
 ) -> Tensor:
-    """TD residuals in float64. Needs rows of one run each, with zeros under the mask.
-
-    What stands before a run comes out wrong, but nothing that counts reads it.
-    """
-    rewards, values = rewards.double(), values.double()
+    """TD residuals of rows whose counted tokens come first and whose other entries are 0; these stay 0."""
     deltas = rewards - values
     deltas[:, :-1].add_(values[:, 1:], alpha=gamma)
     if bootstrap is not None:
         last = mask.clone()
         last[:, :-1] &= ~mask[:, 1:]
-        deltas += torch.where(last, gamma * bootstrap.double()[:, None], 0.0)
+        deltas += torch.where(last, gamma * bootstrap.to(deltas.dtype)[:, None], 0.0)
     return deltas
 
 
 def _discounted_sums(x: Tensor, decay: float) -> Tensor:
-    """`y[:, t] = sum over j >= t of decay^(j - t) * x[:, j]`, float64 `[B, T]`.
+    """`y[:, t] = sum over j >= t of decay^(j - t) * x[:, j]`, for `[B, T]`.
 
-    A matrix product inside blocks, then the same again for what the blocks hand to their left neighbours.
-    Only non-negative powers of the decay occur, so nothing overflows, and what underflows is negligible.
+    A matrix product inside blocks, then the same again for what each block hands to its left neighbour. Only
+    non-negative powers of the decay occur, so nothing overflows, and what underflows weighs nothing.
     """
+    exact = x.to(_product_dtype(x))
+    return _block_sums(exact, decay).to(x.dtype)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """float64 wherever a float32 matrix product might be computed in TF32 or bfloat16."""
+    plain = (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    )
+    return x.dtype if plain else torch.float64
+
+
+def _block_sums(x: Tensor, decay: float) -> Tensor:
     batch, length = x.shape
-    matrix = _decay_matrix(decay, x.device)
-    if length <= _WIDEST:
-        return x @ matrix[:length, :length]
+    matrix, outgoing = _weights(decay, x.dtype, x.device)
+    if length <= _BLOCK:
+        return _rows_times(x, matrix[:length, :length])
     blocks = -(-length // _BLOCK)
     if length % _BLOCK:
         x = torch.nn.functional.pad(x, (0, blocks * _BLOCK - length))
-    local = (x.reshape(-1, _BLOCK) @ matrix[:_BLOCK, :_BLOCK]).view(batch, blocks, _BLOCK)
-    carry = _discounted_sums(local[:, :, 0], decay**_BLOCK)
-    local[:, :-1].addcmul_(carry[:, 1:, None], matrix[_BLOCK, :_BLOCK])
+    local = (x.reshape(-1, _BLOCK) @ matrix).view(batch, blocks, _BLOCK)
+    from_right = _block_sums(local[:, :, 0], decay**_BLOCK)[:, 1:, None]
+    local[:, :-1].addcmul_(from_right, outgoing)
     return local.view(batch, -1)[:, :length]
 
 
-@functools.lru_cache(maxsize=16)
-def _decay_matrix(decay: float, device: torch.device) -> Tensor:
-    """`[256, 256]` float64: `decay^(row - column)` on and below the diagonal, 0 above. Half a megabyte."""
-    step = torch.arange(_WIDEST, device=device)
-    powers = torch.tensor(decay, dtype=torch.float64, device=device) ** step
-    return powers[(step[:, None] - step).clamp(min=0)].tril()
+def _rows_times(x: Tensor, matrix: Tensor) -> Tensor:
+    """`x @ matrix`, each row's result independent of the others: BLAS sums a lone row in another order."""
+    return x @ matrix if len(x) != 1 else (x.expand(2, -1) @ matrix)[:1]
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(decay: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`decay^(row - column)` on and below the diagonal, 0 above; and `decay^(block - column)`, to the left block."""
+    step = torch.arange(_BLOCK, device=device)
+    powers = torch.tensor(decay, dtype=torch.float64, device=device) ** torch.arange(_BLOCK + 1, device=device)
+    matrix = powers[(step[:, None] - step).clamp(min=0)].tril()
+    return matrix.to(dtype), powers[_BLOCK - step].to(dtype)

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens (and the entropy) from logits."""
+"""Log-probabilities of given tokens, and the entropy, from logits."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,12 +10,12 @@ from torch.autograd.function import once_differentiable
 from rlhf_kernels import backend
 from rlhf_kernels.ops import _check, _rows
 
-# Sums of exp(x - x[token]) beyond this (a log-probability under -69) are done again from the row's maximum.
+# A sum of exp(x - x[token]) beyond this (a log-probability under -69) is taken again from the row's maximum.
 _LARGEST_SUM = 1e30
 
 
 class LogProbs(NamedTuple):
-    """Per token: `logp` in nats, and `entropy` of the whole distribution in nats (None unless asked for)."""
+    """Per token: `logp` in nats, and the `entropy` of the whole distribution in nats (None unless asked for)."""
 
     logp: Tensor
     entropy: Tensor | None
@@ -37,7 +37,7 @@ def token_logprobs(
     logits [..., V] floating, any strides; tokens [...] integer. `temperature` is a number or a tensor [...] (one per
     row) and must be the one that the tokens were sampled at; it gets no gradient. `mask` [...] bool, True = counts: a
     masked position gives exactly 0 and gets exactly 0 gradient, whatever lies under it. `entropy=True` adds the
-    entropy, which is differentiable too; it does not change a bit of logp.
+    entropy, which is differentiable too and does not change a bit of logp.
 
     Results are in nats, shape [...], float32 (float64 for float64 logits), accumulated in that dtype. A logit of -inf
     has probability 0; a row of nothing but -inf gives logp -inf, entropy 0 and gradient 0. A row's result depends on
@@ -46,37 +46,29 @@ def token_logprobs(
     `inplace_backward=True` writes the gradient over the logits' storage: use it where nobody reads the logits after
     the backward pass. A second backward then raises. A double backward always raises.
 
-    Raises IndexError for a counted token outside [0, V) on a CPU (on a GPU and under torch.compile its logp is NaN);
-    ValueError for shapes that do not match or a temperature that is not positive; TypeError for wrong dtypes.
+    Raises IndexError for a counted token outside [0, V) on a CPU (on a GPU, and under torch.compile, its logp is
+    NaN); ValueError for shapes that do not match or a temperature that is not positive; TypeError for wrong dtypes.
     """
     backend.torch_only("token_logprobs")
-    _check_arguments(logits, tokens, mask)
+    check_logits(logits, tokens, mask)
     dtype = _check.accumulation_dtype(logits)
     inverse = _rows.inverse_temperature(temperature, tokens.shape, mask, dtype)
     if torch.compiler.is_compiling():
         return definition(logits.to(dtype), tokens, inverse, mask, entropy)
-
-    outside = None
-    if mask is not None:
-        tokens = tokens.masked_fill(~mask, 0)
-    if tokens.device.type == "cpu":
-        _check.token_ids(tokens, logits.shape[-1])
-    else:
-        outside = (tokens < 0) | (tokens >= logits.shape[-1])
-        tokens = tokens.masked_fill(outside, 0)
     if inplace_backward:
         _check_overwritable(logits)
 
+    safe_tokens, outside = inside_vocabulary(tokens, logits.shape[-1], mask)
     rows = _rows.rows_first(logits, tokens.numel())
     columns = (*rows.shape[:-1], 1)
     if isinstance(inverse, Tensor):
         inverse = inverse.reshape(columns)
     dead = None if mask is None else ~mask.reshape(columns[:-1])
-    arguments = (rows, tokens.reshape(columns).long(), inverse, dead, entropy)
+    arguments = (rows, safe_tokens.reshape(columns), inverse, dead, entropy)
     if rows.requires_grad and torch.is_grad_enabled():
         logp, entropies = _TokenLogProbs.apply(*arguments, inplace_backward)
     else:
-        logp, entropies = _forward(*arguments)[:2]
+        logp, entropies, _, _ = _forward(*arguments)
     logp = logp.view(tokens.shape)
     if outside is not None:
         logp = logp.masked_fill(outside, math.nan)
@@ -84,22 +76,59 @@ def token_logprobs(
 
 
 def definition(
-    logits: Tensor, tokens: Tensor, inverse_temperature: float | Tensor | None, mask: Tensor | None, entropy: bool
+    logits: Tensor, tokens: Tensor, inverse: float | Tensor | None, mask: Tensor | None, entropy: bool
 ) -> LogProbs:
-    """The formula in whole-tensor operations: what torch.compile is given, to fuse as it likes, for any shape."""
-    if inverse_temperature is not None:
-        scale = inverse_temperature
-        logits = logits * (scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale)
+    """The formula in whole-tensor operations, for logits in the accumulation dtype and inverse = 1 / temperature.
+
+    torch.compile is given this, to fuse as it likes, for any shape without a new compilation.
+    """
+    if inverse is not None:
+        logits = logits * (inverse.unsqueeze(-1) if isinstance(inverse, Tensor) else inverse)
     dead = torch.zeros_like(tokens, dtype=torch.bool) if mask is None else ~mask
-    empty = logits.detach().amax(-1) == -math.inf
-    outside = (tokens < 0) | (tokens >= logits.shape[-1])
+    outside = ((tokens < 0) | (tokens >= logits.shape[-1])) & ~dead
+    empty = (logits.detach().amax(-1) == -math.inf) & ~dead
     log_p = torch.log_softmax(logits.masked_fill((dead | empty).unsqueeze(-1), 0), -1)
-    logp = log_p.gather(-1, tokens.masked_fill(outside, 0).unsqueeze(-1).long()).squeeze(-1)
+    safe_tokens = tokens.masked_fill(dead | outside, 0).long()
+    logp = log_p.gather(-1, safe_tokens.unsqueeze(-1)).squeeze(-1)
     logp = logp.masked_fill(empty, -math.inf).masked_fill(outside, math.nan).masked_fill(dead, 0)
     if not entropy:
         return LogProbs(logp, None)
     entropies = -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)).sum(-1)
     return LogProbs(logp, entropies.masked_fill(dead | empty, 0))
+
+
+def check_logits(logits: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless logits [..., V], tokens [...] and mask [...] belong together."""
+    _check.floating(logits=logits)
+    _check.integer(tokens=tokens)
+    if logits.shape[:-1] != tokens.shape or logits.dim() == 0:
+        raise ValueError(
+            f"logits have shape {list(logits.shape)}, tokens {list(tokens.shape)}: expected logits [..., V] with "
+            "one token for each row of V logits"
+        )
+    if mask is not None:
+        _check.boolean_mask(mask, tokens.shape)
+
+
+def inside_vocabulary(tokens: Tensor, vocabulary: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The tokens as int64 with 0 wherever an id must not be looked up, and on a GPU which counted ones were outside
+    [0, vocabulary). On a CPU those raise IndexError; a GPU would have to wait for the answer."""
+    if mask is not None:
+        tokens = tokens.masked_fill(~mask, 0)
+    if tokens.device.type == "cpu":
+        _check.token_ids(tokens, vocabulary)
+        return tokens.long(), None
+    outside = (tokens < 0) | (tokens >= vocabulary)
+    return tokens.masked_fill(outside, 0).long(), outside
+
+
+def _check_overwritable(logits: Tensor) -> None:
+    overlapping = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
+    if overlapping or (logits.dim() > 3 and not logits.is_contiguous()):
+        raise ValueError(
+            f"inplace_backward=True cannot write into logits of shape {list(logits.shape)} and strides "
+            f"{list(logits.stride())}: pass logits.contiguous(), or inplace_backward=False"
+        )
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -122,15 +151,103 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        """(g * (onehot - p) - h * p * (log p + entropy)) / temperature, with g = grad_logp, h = grad_entropy."""
         if ctx.spent:
             raise RuntimeError(
                 "inplace_backward=True wrote the gradient over the logits, so a second backward is impossible; "
                 "call token_logprobs with inplace_backward=False"
             )
         logits, tokens, dead, shift, total, entropies = ctx.saved_tensors
-        inverse = 1.0 if ctx.inverse is None else ctx.inverse
         ctx.spent = ctx.inplace
-        gradient = logits.detach() if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype)
+        inverse, dtype = ctx.inverse, total.dtype
+
+        alive = total > 0 if dead is None else (total > 0) & ~dead.unsqueeze(-1)
+        g = torch.zeros_like(total) if grad_logp is None else torch.where(alive, grad_logp, 0)
+        over_row = torch.where(alive, -1 / total, 0)
+        at_token = g
+        if inverse is not None:
+            over_row, at_token = over_row * inverse, g * inverse
+        if grad_entropy is None:
+            over_row *= g
+        else:
+            h = torch.where(alive, grad_entropy, 0)
+            log_total_less_entropy = torch.where(alive, total.log() - entropies, 0)
+            bracket_scratch = _rows.Scratch(logits, dtype)
+
+        gradient = logits.detach() if ctx.inplace else logits.new_empty(logits.shape)
+        scratch = None if logits.dtype == dtype else _rows.Scratch(logits, dtype)
+        for tile in _rows.tiles(logits, dtype):
+            out = gradient[tile]
+            z = out if scratch is None else scratch.like(out)
+            _rows.shifted(logits[tile], shift[tile], _rows.part(inverse, tile), z)
+            if grad_entropy is not None:
+                log_p_and_entropy = torch.sub(z, log_total_less_entropy[tile], out=bracket_scratch.like(z))
+                bracket = log_p_and_entropy.clamp_(min=_rows.SMALLEST_LOG).mul_(h[tile]).add_(g[tile])
+            z.exp_().mul_(over_row[tile])
+            if grad_entropy is not None:
+                z.mul_(bracket)
+            z.scatter_add_(-1, tokens[tile], at_token[tile])
+            if dead is not None:
+                _rows.zero_rows(z, dead[tile])
+            if z is not out:
+                out.copy_(z)
         return gradient, None, None, None, None, None
 
 
+def _forward(
+    logits: Tensor, tokens: Tensor, inverse: float | Tensor | None, dead: Tensor | None, entropy: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """logits [A, B, V], tokens [A, B, 1], dead [A, B] -> logp and entropy, and for the backward pass shift and
+    total = sum_j exp((x_j - shift) / temperature), all [A, B, 1].
+
+    On a CPU the shift is the token's own logit, which saves the pass that finds the maximum: total is then at least
+    1, and logp = -log(total). Rows where it overflows, or whose token has logit -inf, start again at their maximum.
+    """
+    dtype = _check.accumulation_dtype(logits)
+    on_cpu = logits.device.type == "cpu"
+    own = logits.gather(-1, tokens).to(dtype)
+    shift = own if on_cpu else _rows.finite_maximum(logits).to(dtype)
+    total = torch.empty_like(own)
+    entropies = torch.empty_like(own) if entropy else None
+    scratch = _rows.Scratch(logits, dtype)
+    entropy_scratch = _rows.Scratch(logits, dtype) if entropy else None
+    for tile in _rows.tiles(logits, dtype):
+        x = logits[tile]
+        z = _rows.shifted(x, shift[tile], _rows.part(inverse, tile), scratch.like(x))
+        if entropies is None or entropy_scratch is None:
+            torch.sum(z.exp_(), -1, keepdim=True, out=total[tile])
+        else:
+            total[tile], entropies[tile] = _rows.total_and_entropy(z, entropy_scratch.like(z))
+    if on_cpu and total.numel() and not bool(total.max() < _LARGEST_SUM):
+        shift = own.clone()
+        _again_from_the_maximum(logits, inverse, dead, shift, total, entropies)
+
+    logp = own - shift if inverse is None else (own - shift) * inverse
+    logp = (logp - total.log()).masked_fill_(total == 0, -math.inf)
+    if dead is not None:
+        logp.masked_fill_(dead.unsqueeze(-1), 0)
+        if entropies is not None:
+            entropies.masked_fill_(dead.unsqueeze(-1), 0)
+    return logp, entropies, shift, total
+
+
+def _again_from_the_maximum(
+    logits: Tensor,
+    inverse: float | Tensor | None,
+    dead: Tensor | None,
+    shift: Tensor,
+    total: Tensor,
+    entropies: Tensor | None,
+) -> None:
+    """Overwrite shift, total and entropies of the counted rows whose total is too large or NaN."""
+    again = ~(total.squeeze(-1) < _LARGEST_SUM)
+    if dead is not None:
+        again &= ~dead
+    for positions in again.nonzero().split(_rows.tile_rows(logits, total.dtype)):
+        rows = (positions[:, 0], positions[:, 1])
+        x = logits[rows].to(total.dtype)
+        shift[rows] = maximum = _rows.finite_maximum(x)
+        z = _rows.shifted(x, maximum, _rows.part(inverse, rows), x)
+        total[rows], entropy = _rows.total_and_entropy(z, torch.empty_like(z))
+        if entropies is not None:
+            entropies[rows] = entropy

@@ -1,0 +1,50 @@
+"""Mean over the counted tokens, with an explicit normaliser where the batch is only a part of a larger one."""
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.ops import _check
+
+
+def masked_mean(x: Tensor, mask: Tensor, *, normalizer: float | Tensor | None = None) -> Tensor:
+    """`sum of x where mask is True / normalizer`; by default the normaliser is the number of counted entries.
+
+    With `normalizer` set to the count of the whole batch, the results of its micro-batches add up to the result
+    of the whole batch, and so do their gradients. Nothing counted gives 0. Entries under a False mask get no
+    gradient and may hold anything, NaN too.
+
+    Args:
+        x: any shape, floating; accumulated in float32, or float64 if it is float64.
+        mask: bool of the same shape, True = counts.
+        normalizer: a positive number or a 0-d tensor; a tensor is never read by the host.
+
+    Returns:
+        A 0-d float32 tensor (float64 for float64), in the unit of x.
+
+    Raises:
+        TypeError: x is not floating or the mask is not bool.
+        ValueError: the shapes differ, or the normaliser is not positive or not 0-d.
+    """
+    _check.floating(x=x)
+    _check.boolean_mask(mask, x.shape)
+    total = torch.where(mask, x, 0.0).sum(dtype=_check.accumulation_dtype(x))
+    return normalized(total, mask.sum(), normalizer)
+
+
+def normalized(total: Tensor, count: Tensor, normalizer: float | Tensor | None) -> Tensor:
+    """`total / normalizer`, or `total / count` without one. An empty sum gives 0 whichever it is.
+
+    Raises ValueError for a number that is not positive and for a tensor that is not 0-d. A normaliser tensor
+    that is 0 although something counts gives inf or NaN.
+    """
+    if normalizer is None:
+        return total / count.clamp(min=1)
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0:
+            raise ValueError(
+                f"normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}"
+            )
+        return total / torch.where((count == 0) & (normalizer == 0), 1, normalizer)
+    if not normalizer > 0:
+        raise ValueError(f"normalizer must be positive, got {normalizer}; None divides by the local count")
+    return total / normalizer

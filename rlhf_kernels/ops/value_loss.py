@@ -1,0 +1,53 @@
+"""The critic's clipped squared error (PPO)."""
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.ops import _check
+from rlhf_kernels.ops.masked_mean import masked_mean
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip: float = 0.2,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """`1/2 mean of max((V - R)^2, (V_clipped - R)^2)`, with `V_clipped = V_old + clamp(V - V_old, -clip, clip)`.
+
+    The mean is over the counted tokens, or their sum over `normalizer` (see `masked_mean`). Only `values` gets a
+    gradient; it is exactly 0 at masked positions, whatever they hold. `clip=math.inf` switches clipping off.
+
+    Args:
+        values: any shape, floating: the critic's values now, in the reward's unit.
+        old_values: the same shape: its values when the rollout was made.
+        returns: the same shape: the targets, such as `gae(...).returns`.
+        mask: bool of the same shape, True = counts.
+        clip: how far a value may move from its old one before the error stops rewarding it, in the reward's unit.
+        normalizer: a positive number or a 0-d tensor; None = the number of counted tokens.
+
+    Returns:
+        A 0-d float32 tensor (float64 if an input is), in the squared unit of the reward.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: the shapes differ, or clip or the normaliser is not positive.
+
+    Source: OpenAI's lm-human-preferences and baselines; Huang et al. 2022, "The 37 Implementation Details of
+    Proximal Policy Optimization", detail 9.
+    """
+    _check.floating(values=values, old_values=old_values, returns=returns)
+    _check.same_shape(values=values, old_values=old_values, returns=returns)
+    _check.boolean_mask(mask, values.shape)
+    if not clip > 0:
+        raise ValueError(f"clip must be positive, got {clip}")
+    dtype = _check.accumulation_dtype(values, old_values, returns)
+    # Zeros before the squares: a gradient of 0 through the square of an inf would be NaN.
+    values = torch.where(mask, values.to(dtype), 0.0)
+    old_values, returns = (torch.where(mask, x.detach().to(dtype), 0.0) for x in (old_values, returns))
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    worse = torch.maximum((values - returns).square(), (clipped - returns).square())
+    return 0.5 * masked_mean(worse, mask, normalizer=normalizer)

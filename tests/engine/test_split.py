@@ -1,0 +1,60 @@
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_engine.split import normalise, part
+
+
+def test_normalise_ignores_what_data_sets_do_to_a_text():
+    rated = "“Lovely &amp; Amazing” is a bleak,  ***** Café film -- clichés_and all."
+    tokenised = "\" lovely & amazing \" is a bleak , cafe film - - cliche's and all ."
+    assert normalise(rated) == normalise(tokenised) == "lovelyamazingisableakcafefilmclichesandall"
+
+
+def test_normalise_keeps_letters_of_every_script_and_digits():
+    assert normalise("Любовь 2 東京!") == "любовь2東京"
+
+
+@given(st.text())
+def test_normalise_twice_is_normalise_once_for_plain_text(text):
+    plain = "".join(c for c in text if c.isascii() and c != "&")
+    assert normalise(normalise(plain)) == normalise(plain)
+
+
+# sha256 of the normalised text begins with 05a4 (.022), 1ae5 (.105), 2d28 (.176), 3b1c (.231), ff1d (.997).
+@pytest.mark.parametrize(
+    ("text", "split"),
+    [
+        ("text 22", "heldout"),
+        ("A good film.", "train"),
+    ],
+)
+def test_part_is_the_same_on_every_machine(text, split):
+    assert part(text) == split
+
+
+@given(st.text(), st.floats(0, 0.5), st.floats(0, 0.5))
+def test_part_moves_monotonically_with_its_shares(text, heldout, gold):
+    split = part(text, heldout=heldout, gold=gold)
+    # gold takes nothing from the held-out part, and a larger held-out part keeps what a smaller one has.
+    assert (split == "heldout") == (part(text, heldout=heldout, gold=0) == "heldout")
+    if split == "heldout":
+        assert part(text, heldout=0.5 + heldout / 2, gold=0) == "heldout"
+    if split != "train":
+        assert part(text, heldout=0, gold=heldout + gold) == "gold"
+
+
+def test_part_gives_each_split_its_share():
+    count = 20_000
+    found = Counter(part(f"text {number}", heldout=0.2, gold=0.05) for number in range(count))
+    for split, share in {"heldout": 0.2, "gold": 0.05, "train": 0.75}.items():
+        deviation = (count * share * (1 - share)) ** 0.5
+        assert abs(found[split] - count * share) < 4 * deviation
+
+
+@pytest.mark.parametrize("shares", [{"heldout": -0.1}, {"gold": -0.1}, {"heldout": 0.6, "gold": 0.5}])
+def test_part_refuses_shares_that_are_none(shares):
+    with pytest.raises(ValueError, match="at least 0, and together at most 1"):
+        part("a text", **shares)
