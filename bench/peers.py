@@ -27,6 +27,7 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     StaticCache,
     TrainerCallback,
 )
@@ -97,7 +98,7 @@ def _config(setting: Setting, vocabulary: int, **options: Any) -> LlamaConfig:
         max_position_embeddings=4 * (setting.prompt_length + setting.response_length),
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=setting.vocabulary,
+        eos_token_id=None,
         pad_token_id=0,
         **options,
     )
@@ -123,6 +124,7 @@ class HeldTrainer:
         self._closing = False
         self._error: BaseException | None = None
         self.trainer = trainer
+        trainer.remove_callback(PrinterCallback)  # PPOTrainer logs at every step whatever it is told
         trainer.add_callback(_Hold(self))
         threads = torch.get_num_threads()
 
@@ -186,11 +188,11 @@ def _trl(release: str) -> Any:
 
 
 def _common(folder: str) -> dict[str, Any]:
-    """What every trainer here is told: CPU or GPU alike in fp32, silent, nothing written but an empty folder."""
+    """What every trainer here is told: fp32 on the CPU, silent, nothing written but an empty folder."""
     return {
         "output_dir": folder,
         "bf16": False,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": True,
         "report_to": "none",
         "logging_strategy": "no",
         "save_strategy": "no",

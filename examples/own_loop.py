@@ -25,15 +25,14 @@ def main(folder: str = "runs/movies/pretrain/result", steps: int = 5) -> list[fl
     prompts = [Prompt(text="This film was"), Prompt(text="I thought the plot")]
     means = []
     for step in range(steps):
-        rollout = engine.generate(prompts)
-        batch = engine.experience(rollout, prompts)
+        batch = engine.experience(engine.generate(prompts), prompts)
         for minibatch in batch.split(8):
             loss = engine.loss(minibatch)
             loss.value.backward()
             optimizer.step()
             optimizer.zero_grad()
         means.append(float(batch.scores.mean()))
-        print(f"step {step + 1}: mean reward {means[-1]:.3f}, shortest answer {min(engine.texts(rollout), key=len)!r}")
+        print(f"step {step + 1}: mean reward {means[-1]:.3f}, shortest answer {min(engine.texts(batch), key=len)!r}")
     return means
 
 

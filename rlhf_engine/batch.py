@@ -116,12 +116,22 @@ class Columns:
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
-        """The rows of all parts, one after the other, padded to the longest prompt and response."""
+        """The rows of all parts, one after the other, padded to the longest prompt and response.
+
+        Group ids stay as they are: rows of two parts that share one are one group. Raises ValueError for a column
+        that only some parts have.
+        """
         joined = {}
         for column in fields(cls):
             values = [getattr(part, column.name) for part in parts]
+            if any(_kind(value) != _kind(values[0]) for value in values):
+                raise ValueError(f"join(): only some of the parts have the column {column.name}, or all of it")
             joined[column.name] = _join(values, left=bool(column.metadata.get("pad_left")))
         return cls(**joined)
+
+
+def _kind(column: Any) -> Any:
+    return sorted(column) if isinstance(column, dict) else isinstance(column, Tensor)
 
 
 def _join(values: list[Any], *, left: bool) -> Any:

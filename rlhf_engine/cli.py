@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich import get_console
+from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
@@ -22,13 +24,36 @@ __all__ = ["main"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
+# People can mend these from what they say; any other error may be a fault of a plugin's code, or of ours.
+EXPLAINED = (ConfigError, DamagedCheckpoint, CheckpointNotSaved)
+
 Set = Annotated[list[str], typer.Option("--set", help="override a key: table.key=value, such as ppo.clip=0.3")]
 
 
 @app.command()
 def run(file: Path, set: Set = []) -> None:  # noqa: B006 (typer reads the option's name and default here)
     """Do what a run file says. The same command again goes on where a stopped run was."""
-    Run(read_run_file(file, set)).execute()
+    parsed = read_run_file(file, set)
+    folder = Path(parsed.options.folder)
+    try:
+        Run(parsed).execute()
+    except Exception as error:
+        if folder.is_dir() or not isinstance(error, EXPLAINED):
+            _keep_traceback(error, folder)
+        raise
+    (folder / "error.txt").unlink(missing_ok=True)
+
+
+def _keep_traceback(error: Exception, folder: Path) -> None:
+    """Write the full traceback to `error.txt` in the run's folder, and say so in a note."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text(text, "utf-8")
+    except OSError as fault:
+        error.add_note(f"{text}This could not be written to {folder / 'error.txt'}: {fault}")
+    else:
+        error.add_note(f"The full traceback is in {folder / 'error.txt'}.")
 
 
 @app.command()
@@ -56,7 +81,7 @@ def plugins(
 
 
 def main() -> None:
-    """The entry point of the `rlhf` command. Errors that people can mend are told in one message."""
+    """The entry point of the `rlhf` command. Every error is told in one message, and ends with exit status 2."""
     handler = RichHandler(console=get_console(), show_path=False, show_level=False, rich_tracebacks=False)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("rlhf_engine")
@@ -65,8 +90,10 @@ def main() -> None:
     sys.path.insert(0, "")  # plugins named by path, as "my_module:Class", may stand in the current folder
     try:
         app()
-    except (ConfigError, DamagedCheckpoint, CheckpointNotSaved) as error:
-        get_console().print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+    except Exception as error:
+        kind = "" if isinstance(error, EXPLAINED) else f"{type(error).__name__}: "
+        console = Console(stderr=True)
+        console.print(f"[bold red]error:[/] {escape(f'{kind}{error}')}", soft_wrap=True)
         for note in getattr(error, "__notes__", ()):
-            get_console().print(escape(note), soft_wrap=True)
+            console.print(escape(note), soft_wrap=True)
         raise SystemExit(2) from None

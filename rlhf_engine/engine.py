@@ -81,7 +81,7 @@ class Engine:
             raise ValueError("models.policy is None: there is nothing to train")
         for need, model in (("ref_logp", "reference"), ("values", "critic")):
             if need in self.needs and getattr(models, model) is None:
-                raise PluginError(f'{" and ".join(self.needs[need])} needs "{need}", and models.{model} is None')
+                raise PluginError(f'{_who_needs(self.manager, need)} needs "{need}", and models.{model} is None')
 
     # ------------------------------------------------------------------------------------------- experience
 
@@ -283,19 +283,20 @@ class Engine:
         return values.masked_fill(~rollout.mask, 0.0)
 
 
-def needs(made: pluggy.PluginManager) -> dict[str, list[str]]:
-    """What the plugins need, and which of them need it; an unknown need is refused."""
-    impls = list(reversed(made.hook.rlhf_needs.get_hookimpls()))
-    wanted: dict[str, list[str]] = {}
-    for impl, answer in zip(impls, made.hook.rlhf_needs(), strict=True):
-        for need in sorted(answer):
-            if need not in NEEDS:
-                raise PluginError(
-                    f"{impl.plugin_name}.rlhf_needs: unknown need {need!r}.{did_you_mean(need, NEEDS)} "
-                    f"Known: {', '.join(sorted(NEEDS))}"
-                )
-            wanted.setdefault(need, []).append(impl.plugin_name)
+def needs(made: pluggy.PluginManager) -> set[str]:
+    """What the plugins need, united; an unknown need is refused."""
+    wanted: set[str] = set().union(*made.hook.rlhf_needs())
+    for need in sorted(wanted - NEEDS):
+        raise PluginError(
+            f"{_who_needs(made, need)} needs {need!r}, which is unknown.{did_you_mean(need, NEEDS)} "
+            f"Known: {', '.join(sorted(NEEDS))}"
+        )
     return wanted
+
+
+def _who_needs(made: pluggy.PluginManager, need: str) -> str:
+    impls = made.hook.rlhf_needs.get_hookimpls()
+    return " and ".join(impl.plugin_name for impl in impls if need in impl.function())
 
 
 def step_optimizer(optimizer: Optimizer, parameters: Iterable[Tensor], max_grad_norm: float) -> float:

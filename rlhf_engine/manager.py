@@ -225,14 +225,14 @@ def _answering(caller: pluggy.HookCaller) -> list[Any]:
 
 
 def candidates(hook: str) -> list[str]:
-    """The installed plugins that answer a hook. A plugin that does not import here is left out."""
+    """The installed plugins that answer a hook and do not only wrap it. One that does not import here is left out."""
     found = []
     for name in installed():
         try:
             plugin = load(name)
         except PluginError:
             continue
-        if hasattr(plugin, hook):
+        if hook in answers(plugin):
             found.append(name)
     return sorted(found)
 

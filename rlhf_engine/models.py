@@ -78,7 +78,10 @@ class Heads:
 
 
 class Policy(Protocol):
-    """A language model: an `nn.Module` or anything that has these."""
+    """A language model: an `nn.Module` or anything that has these.
+
+    If it has an attribute `context`, that is the most tokens that a sequence may have.
+    """
 
     def __call__(self, tokens: Tensor, mask: Tensor) -> Heads:
         """`tokens` `[B, L]` int64 and `mask` `[B, L]` bool (False: padding), in evaluation or training mode as

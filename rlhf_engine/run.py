@@ -100,7 +100,8 @@ class Run:
     def _same_config_as_before(self) -> None:
         """Refuse to go on in the folder of a run that was configured otherwise, and name the differences."""
         path = self.folder / "run.json"
-        if path.exists():
+        begun = any(entry.is_dir() for entry in self.folder.iterdir())  # an earlier stage has left something
+        if path.exists() and begun:
             before = json.loads(path.read_text("utf-8"))["config"]
             changed = sorted(set(_flat(before).items()) ^ set(_flat(self.config).items()))
             if changed:
@@ -119,8 +120,12 @@ class Run:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the run's folder: two processes in it would overwrite one another's checkpoints."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "w") as lock:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(self.folder / ".lock", "w")
+        except OSError as error:
+            raise ConfigError(f"{self.folder} cannot be the run's folder: {error.strerror}") from None
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

@@ -24,7 +24,8 @@ def normalise(text: str) -> str:
     What data sets do to the same text (case, spaces around punctuation, `&amp;` for `&`, curly quotes) makes no
     difference, so equal results mean the same text.
     """
-    return _NOT_LETTERS_OR_DIGITS.sub("", unicodedata.normalize("NFKD", unescape(text)).casefold())
+    plain = unescape(unescape(text))  # twice: some data sets have &amp;amp;
+    return _NOT_LETTERS_OR_DIGITS.sub("", unicodedata.normalize("NFKD", plain).casefold())
 
 
 def part(text: str, *, heldout: float = 0.1, gold: float = 0.1) -> Split:

@@ -13,18 +13,29 @@ __all__ = ["GRPO"]
 
 @dataclass(eq=False)
 class GRPO:
-    """Each response against the others of its group, no critic; the KL to the reference is part of the loss."""
+    """Each response against the others of its group, no critic; the KL to the reference is part of the loss.
+
+    DAPO (arXiv:2503.14476): clip_high = 0.28, reduce = "tokens". Dr.GRPO (arXiv:2503.20783): scale = "none",
+    reduce = "constant".
+    """
 
     clip: float = 0.2
     """the probability ratio is clipped to [1 - clip, ...]"""
     clip_high: float | None = None
-    """[..., 1 + clip_high]; DAPO: 0.28. Not given: the same as `clip`"""
+    """[..., 1 + clip_high]; not given: the same as `clip`"""
     scale: Literal["std", "none"] = "std"
-    """divide a group's scores by their standard deviation ("none": Dr.GRPO)"""
-    reduce: Literal["sequences", "tokens"] = "sequences"
-    """"sequences": mean over each response, then over responses (GRPO); "tokens": mean over all tokens (DAPO)"""
+    """divide a group's scores by their unbiased standard deviation + 1e-4, or leave them as they are"""
+    reduce: Literal["sequences", "tokens", "constant"] = "sequences"
+    """"sequences": mean over each response, then over responses; "tokens": mean over all tokens; "constant": sum over
+    all tokens, divided by the number of responses times `max_length`"""
+    max_length: int = 0
+    """for reduce = "constant": the longest response there can be, in tokens"""
     kl_coefficient: float = 0.0
     """weight of the k3 estimate of the KL to the reference, whose gradient follows KL(reference || policy)"""
+
+    def __post_init__(self) -> None:
+        if (self.reduce == "constant") != (self.max_length > 0):
+            raise ValueError('reduce = "constant" and max_length (at least 1) go together')
 
     @hookimpl
     def rlhf_needs(self) -> set[str]:
@@ -32,13 +43,20 @@ class GRPO:
 
     @hookimpl
     def rlhf_advantages(self, rewarded: Rewarded) -> Advantages:
+        if len(rewarded.group.unique()) == len(rewarded):
+            raise ValueError("every group has a single response: set samples_per_prompt (in [rl]) to at least 2")
         scores = rewarded.rewards.sum(1)  # the score, less a KL penalty if one is active
         advantages = group_advantages(scores, rewarded.group, scale=self.scale)
         return Advantages(advantages[:, None] * rewarded.mask, None)
 
     @hookimpl
     def rlhf_loss(self, output: Output, batch: Batch) -> Loss:
-        totals = {"sequences": batch.total_sequences, "tokens": batch.total_tokens}
+        assert batch.total_tokens is not None and batch.total_sequences is not None  # the engine counts them
+        normalizer = {
+            "sequences": batch.total_sequences,
+            "tokens": batch.total_tokens,
+            "constant": batch.total_sequences * self.max_length,
+        }[self.reduce]
         policy = policy_loss(
             output.logp,
             batch.old_logp,
@@ -46,13 +64,15 @@ class GRPO:
             batch.mask,
             clip_low=self.clip,
             clip_high=self.clip if self.clip_high is None else self.clip_high,
-            reduce=self.reduce,
-            normalizer=totals[self.reduce],
+            reduce="sequences" if self.reduce == "sequences" else "tokens",
+            normalizer=normalizer,
         )
         if not self.kl_coefficient:
             return Loss(value=policy.loss, metrics=policy.metrics)
         kl = kl_estimate(output.logp, batch.ref_logp, kind="k3")
-        penalty = masked_mean(kl, batch.mask, normalizer=batch.total_tokens)
+        if self.reduce == "sequences":
+            kl = kl / batch.mask.sum(1, keepdim=True).clamp(min=1)
+        penalty = masked_mean(kl, batch.mask, normalizer=normalizer)
         return Loss(
             value=policy.loss + self.kl_coefficient * penalty,
             metrics={**policy.metrics, "kl_loss": penalty.detach()},

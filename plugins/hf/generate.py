@@ -139,7 +139,7 @@ def _read_prompts(
     cache = DynamicCache(config=model.config)
     seen = {"attention_mask": mask, "position_ids": positions(mask)} if padded else {}
     output = model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True, **seen)
-    cache.batch_select_indices(which)
+    cache.reorder_cache(which)
     cache.layers = [
         _RoomyLayer(layer, extra) if type(layer) is DynamicLayer and layer.is_initialized else layer
         for layer in cache.layers

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear, pad
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rlhf_engine.models import Heads
@@ -24,7 +25,7 @@ class HFPolicy(nn.Module):
         super().__init__()
         self.model = model
         self.context = context_of(model.config)
-        self._require_plain_head()
+        self._require_known_behaviour()
 
     @classmethod
     def fresh(
@@ -89,20 +90,26 @@ class HFPolicy(nn.Module):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         heads = self._heads(hidden)
-        logits = nn.functional.linear(hidden, heads.weight, heads.bias).float()
+        logits = linear(hidden, heads.weight, heads.bias).float()
         return logits if heads.softcap is None else torch.tanh(logits / heads.softcap) * heads.softcap
 
     @torch.no_grad()
-    def _require_plain_head(self) -> None:
-        """Some architectures scale their logits, project them further or look at padding: refuse these."""
-        tokens = torch.tensor([[0, 1, 2, 3], [3, 3, 0, 1]], device=self.model.device)
-        mask = torch.tensor([[True] * 4, [False] * 2 + [True] * 2], device=self.model.device)
-        expected = self.model(input_ids=tokens[:1], use_cache=False).logits[0].float()
-        actual = self._logits(hidden_states(self.model, tokens, mask))
-        allowed = 1e-3 * expected.abs().max()
-        if not ((actual[0] - expected).abs().max() <= allowed and (actual[1, 2:] - expected[:2]).abs().max() <= allowed):
-            raise ValueError(
-                f"{type(self.model).__name__}: its logits are not softcap(hidden @ weight.T + bias), or they change "
-                "when the prompt is padded on the left; this architecture needs a policy of its own (see "
-                "rlhf_engine.models.Policy)"
-            )
+    def _require_known_behaviour(self) -> None:
+        """Compare two short sequences with the architecture's own answers: head, left padding and cache."""
+        device = self.model.device
+        tokens = torch.tensor([[0, 1], [1, 0]], device=device)
+        mask = torch.tensor([[True, True], [False, True]], device=device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            sampled, logp = self.generate(tokens, mask, length=2, temperature=1.0, end_id=-1)
+        tokens, mask = torch.cat([tokens, sampled], 1), pad(mask, (0, 2), value=True)
+        ours = self._logits(hidden_states(self.model, tokens, mask))
+        for row, start in ((0, 0), (1, 1)):
+            theirs = self.model(input_ids=tokens[row : row + 1, start:], use_cache=False).logits[0].float()
+            expected = theirs[-3:-1].log_softmax(-1).gather(-1, sampled[row, :, None])[:, 0]
+            error = max((ours[row, start:] - theirs).abs().max(), (logp[row] - expected).abs().max())
+            if not error <= 1e-3 * theirs.abs().max():
+                raise ValueError(
+                    f"{type(self.model).__name__} differs from what this policy assumes by {float(error):.3g} nats: "
+                    "logits = softcap(hidden @ weight.T + bias), no effect of left padding, a key-value cache. "
+                    "The architecture needs a policy of its own (see rlhf_engine.models.Policy)"
+                )

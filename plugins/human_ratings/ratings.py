@@ -70,7 +70,7 @@ def read_ratings(path: Path, domain: str) -> RatedTexts:
     means, shares = [], []
     for key, (mean, text) in truth.items():
         listed_mean, _deviation, listed = ratings[key]
-        text = unescape(text).strip()
+        text = unescape(unescape(text)).strip()  # twice: the news have &amp;amp;
         if normalise(text) in texts or abs(float(mean) - float(listed_mean)) > 0.001:
             continue
         texts[normalise(text)] = text

@@ -18,12 +18,9 @@ __all__ = ["JSONL"]
 class JSONL:
     """`{"stage": ..., "step": ..., "steps": ..., <metrics>}`, one line a step, each step once."""
 
-    name: str = "metrics.jsonl"
-    """the file's name inside the run's folder"""
-
     @hookimpl
     def rlhf_run_started(self, run: Run) -> None:
-        self.path = run.folder / self.name
+        self.path = run.folder / "metrics.jsonl"
 
     @hookimpl
     def rlhf_step_end(self, stage: str, step: int, steps: int, metrics: dict[str, Any]) -> None:

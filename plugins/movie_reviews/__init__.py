@@ -9,7 +9,7 @@ from functools import cached_property
 
 from rlhf_engine import Document, Prompt, hookimpl
 from rlhf_engine.split import normalise, part
-from rlhf_plugins.movie_reviews.reviews import Review, read_installed, read_own
+from .reviews import Review, read_installed, read_own
 
 __all__ = ["MovieReviews"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from rich.table import Table
 
 from rlhf_engine import Preference, Stage, hookimpl
 from rlhf_engine.checkpoint import write_folder
+from rlhf_engine.config import ConfigError
 from rlhf_engine.run import Run
-from rlhf_plugins.report.baseline import bag_of_words_accuracy
-from rlhf_plugins.report.plot import draw
+from .baseline import bag_of_words_accuracy
+from .plot import draw
 
 __all__ = ["Report", "Row"]
 
@@ -52,7 +54,12 @@ class Report:
 
     @hookimpl
     def rlhf_stages(self) -> dict[str, Stage]:
-        return {"report": Stage(work=self.work, requires=("rlhf_preferences",))}
+        return {"report": Stage(work=self.work)}
+
+    @hookimpl
+    def rlhf_run_started(self, run: Run) -> None:
+        if "jsonl" not in run.plugins:
+            raise ConfigError("the stage report draws from what the plugin jsonl writes: name it in [run] plugins too")
 
     def work(self, run: Run) -> Path:
         history = read_history(run.folder / "metrics.jsonl")
@@ -129,7 +136,8 @@ class Report:
 
 def gain_row(what: str, before: dict[str, float], after: dict[str, float], wanted: float) -> Row:
     """How far a mean rose, in standard deviations of the starting policy's scores."""
-    gain = (after["mean"] - before["mean"]) / before["std"]
+    difference = after["mean"] - before["mean"]
+    gain = difference / before["std"] if before["std"] else math.nan  # all scores were the same: nothing to measure by
     beside = f"mean {before['mean']:.3f} -> {after['mean']:.3f}"
     return Row(what, f"{gain:+.2f} std", beside, f">= +{wanted:g}", gain >= wanted)
 
@@ -146,8 +154,6 @@ def text_judges(run: Run, pairs: list[Preference]) -> Iterator[tuple[str, float]
 
 def read_history(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The lines of metrics.jsonl by stage."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: the report draws from it; name the plugin jsonl in this run")
     history: dict[str, list[dict[str, Any]]] = {}
     for line in path.read_text("utf-8").splitlines():
         step = json.loads(line)

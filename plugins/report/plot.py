@@ -5,18 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: a run may have no display
-
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 __all__ = ["draw"]
 
 
 def draw(history: dict[str, list[dict[str, Any]]], results: dict[str, Any], path: Path) -> None:
     """Proxy and gold scores in standard deviations of the starting policy's, and KL, at every rl step."""
-    figure, (losses, scores, divergence) = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    figure = Figure(figsize=(14, 4), layout="constrained")  # not through pyplot, which may look for a display
+    losses, scores, divergence = figure.subplots(1, 3)
     for stage in ("pretrain", "reward"):
         steps = history.get(stage, [])
         losses.plot([s["step"] / s["steps"] for s in steps], [s["loss"] for s in steps], label=stage)
@@ -29,7 +26,7 @@ def draw(history: dict[str, list[dict[str, Any]]], results: dict[str, Any], path
             if not judged["weight"]:
                 curves[f"score/{name}"] = (f"gold: {name}", judged)
         for name, (label, start) in curves.items():
-            gains = [(s[name] - start["mean"]) / start["std"] for s in steps]
+            gains = [(s[name] - start["mean"]) / (start["std"] or 1) for s in steps]
             scores.plot([s["step"] for s in steps], gains, label=label)
         scores.set(title="mean score, in standard deviations of the start", xlabel="rl step")
         scores.legend()
@@ -38,4 +35,3 @@ def draw(history: dict[str, list[dict[str, Any]]], results: dict[str, Any], path
             divergence.set(title="KL, nats per sequence", xlabel="rl step")
             divergence.legend()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -19,16 +19,19 @@ class RLOO:
 
     @hookimpl
     def rlhf_advantages(self, rewarded: Rewarded) -> Advantages:
+        if len(rewarded.group.unique()) == len(rewarded):
+            raise ValueError("every group has a single response: set samples_per_prompt (in [rl]) to at least 2")
         scores = rewarded.rewards.sum(1)  # the score, less a KL penalty if one is active
         return Advantages(leave_one_out(scores, rewarded.group)[:, None] * rewarded.mask, None)
 
     @hookimpl
     def rlhf_loss(self, output: Output, batch: Batch) -> Loss:
         counted = batch.mask.any(1, keepdim=True)
+        first = batch.mask.int().argmax(1, keepdim=True)  # a response's advantage stands at every counted token
         policy = policy_loss(
             (output.logp * batch.mask).sum(1, keepdim=True),
             (batch.old_logp * batch.mask).sum(1, keepdim=True),
-            batch.advantages[:, :1],
+            batch.advantages.gather(1, first),
             counted,
             clip_low=self.clip,
             clip_high=self.clip,

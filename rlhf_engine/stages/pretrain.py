@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from math import exp
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from rlhf_engine.batch import Document, Output, Split
+from rlhf_engine.engine import combine, step_optimizer
 from rlhf_engine.hookspecs import Stage, hookimpl
 from rlhf_engine.models import Models, Policy, Tokenizer
 from rlhf_engine.run import Run
@@ -26,21 +28,21 @@ __all__ = ["Pretrain"]
 class Pretrain:
     """Pretrain a language model on the `train` documents, and report its perplexity on `heldout` ones."""
 
-    steps: int = 300
+    steps: PositiveInt = 300
     """optimizer steps"""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """blocks in a step"""
-    block_length: int = 128
+    block_length: Annotated[int, Field(ge=2)] = 128
     """tokens in a block; documents are joined by the end token and cut into blocks"""
-    learning_rate: float = 1e-3
+    learning_rate: PositiveFloat = 1e-3
     """at its highest; it falls linearly to 0"""
-    warmup: int = 20
+    warmup: NonNegativeInt = 20
     """steps over which the learning rate rises to its highest"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """gradients are scaled down to this norm"""
-    heldout_blocks: int = 64
+    heldout_blocks: PositiveInt = 64
     """blocks of held-out text that perplexity is measured on"""
-    checkpoint_every: int = 100
+    checkpoint_every: PositiveInt = 100
     """steps between checkpoints"""
 
     @hookimpl
@@ -70,12 +72,10 @@ class Pretrain:
                 output=next_token_output(policy, tokens), mask=torch.ones_like(tokens[:, 1:]).bool()
             )
             loss.value.backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), self.max_grad_norm, error_if_nonfinite=True)
-            optimizer.step()
-            optimizer.zero_grad()
+            norm = step_optimizer(optimizer, policy.parameters(), self.max_grad_norm)
             at["step"] += 1
             at["cursor"] += self.batch_size
-            metrics = {name: float(value) for name, value in loss.metrics.items()}
+            metrics = combine([(1, {"loss": loss.value.detach(), **loss.metrics, "grad_norm": norm})])
             run.step_end("pretrain", at["step"], self.steps, metrics)
             state.tick()
         results = self._report(run, models, blocks)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from rlhf_engine.batch import Preference
 from rlhf_engine.defaults import left_pad
-from rlhf_engine.engine import combine
+from rlhf_engine.engine import combine, step_optimizer
 from rlhf_engine.hookspecs import Stage, hookimpl
 from rlhf_engine.models import Critic, Models
 from rlhf_engine.run import Run
@@ -26,17 +27,17 @@ __all__ = ["RewardModel", "score_texts"]
 class RewardModel:
     """Train a reward model on the `train` preferences, and report its accuracy on the `heldout` ones."""
 
-    steps: int = 150
+    steps: PositiveInt = 150
     """optimizer steps"""
-    texts_per_step: int = 64
+    texts_per_step: PositiveInt = 64
     """distinct texts in a step; all the preferences among them are learned at once, as InstructGPT does it"""
-    learning_rate: float = 5e-4
+    learning_rate: PositiveFloat = 5e-4
     """at its highest; it falls linearly to 0"""
-    warmup: int = 10
+    warmup: NonNegativeInt = 10
     """steps over which the learning rate rises to its highest"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """gradients are scaled down to this norm"""
-    checkpoint_every: int = 50
+    checkpoint_every: PositiveInt = 50
     """steps between checkpoints"""
 
     @hookimpl
@@ -63,12 +64,11 @@ class RewardModel:
             pairs = next(batches)
             loss = run.hook.rlhf_preference_loss(**self._scored(models, pairs))
             loss.value.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm, error_if_nonfinite=True)
-            optimizer.step()
-            optimizer.zero_grad()
+            norm = step_optimizer(optimizer, model.parameters(), self.max_grad_norm)
             at["step"] += 1
             at["cursor"] += len(pairs)
-            metrics = combine([(1, {"loss": loss.value.detach(), "pairs": len(pairs), **loss.metrics})])
+            figures = {"loss": loss.value.detach(), "pairs": len(pairs), "grad_norm": norm}
+            metrics = combine([(1, {**figures, **loss.metrics})])
             run.step_end("reward", at["step"], self.steps, metrics)
             state.tick()
         results = self._report(run, models)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from rlhf_engine.batch import Batch, Prompt, Rollout, Scored
 from rlhf_engine.checkpoint import folder_hash
 from rlhf_engine.engine import Engine, combine, needs
 from rlhf_engine.hookspecs import Stage, hookimpl
+from rlhf_engine.models import Models
 from rlhf_engine.run import Run, log
 from rlhf_engine.stages.pretrain import save_result
 from rlhf_engine.stages.resumable import Resumable, linear_to_zero
@@ -25,31 +27,31 @@ __all__ = ["RL"]
 class RL:
     """Fine-tune the policy with the run's algorithm, and compare it with where it started."""
 
-    steps: int = 40
+    steps: PositiveInt = 40
     """cycles of generating and learning"""
-    prompts_per_step: int = 64
+    prompts_per_step: PositiveInt = 64
     """prompts in a cycle"""
-    samples_per_prompt: int = 1
+    samples_per_prompt: PositiveInt = 1
     """responses to a prompt; they form a group"""
-    epochs: int = 4
+    epochs: PositiveInt = 4
     """passes over the experience of a cycle"""
-    minibatch_size: int = 16
+    minibatch_size: PositiveInt = 16
     """responses in an optimizer step"""
-    rows_per_forward: int = 0
+    rows_per_forward: NonNegativeInt = 0
     """responses that go through a model at once, to bound memory; 0: a minibatch"""
-    response_length: int = 32
+    response_length: PositiveInt = 32
     """most tokens in a response"""
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
     """of sampling, and of every log-prob"""
-    learning_rate: float = 1e-4
+    learning_rate: PositiveFloat = 1e-4
     """at its highest; it falls linearly to 0"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """gradients are scaled down to this norm"""
     missing_end_score: float | None = None
     """the score of a response that is cut off at `response_length`; not given: what the rewards say of it"""
-    evaluation_prompts: int = 128
+    evaluation_prompts: Annotated[int, Field(ge=2)] = 128
     """held-out prompts that the policy answers before and after"""
-    checkpoint_every: int = 50
+    checkpoint_every: PositiveInt = 50
     """optimizer steps between checkpoints, which may fall inside a cycle"""
 
     @hookimpl
@@ -66,7 +68,7 @@ class RL:
 
     def work(self, run: Run) -> Path:
         engine = self._engine(run)
-        prompts, heldout = self._prompts(run)
+        prompts, heldout = self._prompts(run, engine.models)
         state = self._state(run, engine)
         at, optimizer = state.position, state.optimizer
         if at["before"] is None:
@@ -121,13 +123,14 @@ class RL:
             built_from=folder_hash(reference) if reference else "",
         )
 
-    def _prompts(self, run: Run) -> tuple[list[Prompt], list[Prompt]]:
-        """The prompts to learn on, and a fixed few held-out ones to report on."""
+    def _prompts(self, run: Run, models: Models) -> tuple[list[Prompt], list[Prompt]]:
+        """The prompts to learn on, and a fixed few held-out ones to report on; all are checked before any is used."""
         prompts = list(run.hook.rlhf_prompts(run=run))
         by_split = {split: [p for p in prompts if p.split == split] for split in ("train", "heldout")}
         for split, found in by_split.items():
             if not found:
                 raise ValueError(f'rlhf_prompts gave no prompt of the split "{split}"; this stage needs some')
+            refuse_unanswerable(models, found, self.response_length)
         return by_split["train"], by_split["heldout"][: self.evaluation_prompts]
 
     def _next_prompts(self, prompts: list[Prompt], at: dict[str, Any], seed: int) -> list[Prompt]:
@@ -145,15 +148,34 @@ class RL:
         return [part for _ in range(self.epochs) for part in torch.randperm(rows).split(self.minibatch_size)]
 
 
+def refuse_unanswerable(models: Models, prompts: list[Prompt], response_length: int) -> None:
+    """Raise ValueError for an empty prompt, and for one that leaves no room for the response in the context."""
+    context = getattr(models.policy, "context", None)
+    for prompt, tokens in zip(prompts, models.tokenizer.encode([prompt.text for prompt in prompts]), strict=True):
+        if not tokens:
+            raise ValueError(
+                f"rlhf_prompts gave a prompt without tokens, {prompt.text!r}: there is nothing to continue. Leave "
+                "empty prompts out, or begin each with some text."
+            )
+        if context is not None and len(tokens) + response_length > context:
+            raise ValueError(
+                f"rlhf_prompts gave a prompt of {len(tokens)} tokens, and with response_length = {response_length} it "
+                f"is longer than the policy's context of {context}. Shorten the prompts or the response, or take a "
+                f"longer context. It begins {prompt.text[:60]!r}"
+            )
+
+
 @torch.no_grad()
 def evaluate(engine: Engine, prompts: list[Prompt], *, seed: int) -> dict[str, Any]:
     """Answer prompts, and say how the rewards judge the answers. Leaves the run's random numbers as they were."""
-    with torch.random.fork_rng(devices=[]):
+    device = engine.models.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         rollout = engine.generate(prompts, samples_per_prompt=1)
     scored = engine.score(rollout, prompts)
 
     def judged(values: Tensor, weight: float) -> dict[str, float]:
+        values = values[~values.isnan()]  # a metric may abstain on some
         return {"mean": float(values.mean()), "std": float(values.std()), "weight": weight}
 
     rewards = {name: judged(values, engine.weights[name]) for name, values in scored.rewards_by_name.items()}
@@ -162,7 +184,7 @@ def evaluate(engine: Engine, prompts: list[Prompt], *, seed: int) -> dict[str, A
         "score": judged(scored.scores, 1.0),
         "rewards": rewards,
         **figures,
-        "samples": samples(engine, scored),
+        "samples": samples(engine, rollout),
     }
 
 
@@ -206,7 +228,7 @@ def rollout_metrics(batch: Batch) -> dict[str, float]:
     metrics = {
         "score": batch.scores.mean(),
         "score_std": batch.scores.std(unbiased=False),
-        **{f"score/{name}": values.mean() for name, values in batch.rewards_by_name.items()},
+        **{f"score/{name}": values.nanmean() for name, values in batch.rewards_by_name.items()},
         "reward": batch.rewards.sum(1).mean(),
     }
     if batch.returns is not None and batch.values is not None:

@@ -59,18 +59,18 @@ def gae(
     dtype = _check.accumulation_dtype(rewards, values)
     rewards, values = rewards.to(dtype), values.to(dtype)
     full, prefix = _look_at(mask)
-    if not full:
+    if full:
+        terms = rewards.clone()
+    else:
         bits = mask.to(torch.int32 if dtype == torch.float32 else torch.int64).neg_()
-        rewards, values = _zero_masked(rewards, bits), _zero_masked(values, bits)
+        terms, values = _zero_masked(rewards, bits), _zero_masked(values, bits)
     if prefix:
-        deltas = _residuals(rewards, values, mask, gamma, bootstrap)
-        advantages = _discounted_sums(deltas, gamma * lam)
+        returns = _lambda_returns(terms, values, mask, gamma, lam, bootstrap)
     else:
         order, packed_mask = _packing(mask)
-        packed_rewards, packed_values = (torch.zeros_like(x).scatter_(1, order, x) for x in (rewards, values))
-        deltas = _residuals(packed_rewards, packed_values, packed_mask, gamma, bootstrap)
-        advantages = _discounted_sums(deltas, gamma * lam).gather(1, order)
-    return Advantages(advantages, advantages + values)
+        packed_terms, packed_values = (torch.zeros_like(x).scatter_(1, order, x) for x in (terms, values))
+        returns = _lambda_returns(packed_terms, packed_values, packed_mask, gamma, lam, bootstrap).gather(1, order)
+    return Advantages(returns - values, returns)
 
 
 def _check_arguments(
@@ -115,27 +115,21 @@ def _packing(mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(mask, counted - 1, total + position - counted), position < total
 
 
-def _residuals(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, bootstrap: Tensor | None
+def _lambda_returns(
+    terms: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None
 ) -> Tensor:
-    """TD residuals of rows whose counted tokens come first and whose other entries are 0; these stay 0."""
-    deltas = rewards - values
-    deltas[:, :-1].add_(values[:, 1:], alpha=gamma)
+    """`G_t = r_t + gamma * ((1 - lam) * V_t+1 + lam * G_t+1)`, which is `A_t + V_t`; G is the bootstrap at the end.
+
+    Takes the rewards as `terms` and adds the values to them in place. Needs rows whose counted tokens come first
+    and whose other entries are 0; these stay 0.
+    """
+    terms[:, :-1].add_(values[:, 1:], alpha=gamma * (1 - lam))
     if bootstrap is not None:
         last = mask.clone()
         last[:, :-1] &= ~mask[:, 1:]
-        deltas += torch.where(last, gamma * bootstrap.to(deltas.dtype)[:, None], 0.0)
-    return deltas
-
-
-def _discounted_sums(x: Tensor, decay: float) -> Tensor:
-    """`y[:, t] = sum over j >= t of decay^(j - t) * x[:, j]`, for `[B, T]`.
-
-    A matrix product inside blocks, then the same again for what each block hands to its left neighbour. Only
-    non-negative powers of the decay occur, so nothing overflows, and what underflows weighs nothing.
-    """
-    exact = x.to(_product_dtype(x))
-    return _block_sums(exact, decay).to(x.dtype)
+        terms += torch.where(last, gamma * bootstrap.to(terms.dtype)[:, None], 0.0)
+    dtype = _product_dtype(terms)
+    return _discounted_sums(terms.to(dtype), gamma * lam, 0).to(terms.dtype)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -149,18 +143,27 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if plain else torch.float64
 
 
-def _block_sums(x: Tensor, decay: float) -> Tensor:
+def _discounted_sums(x: Tensor, decay: float, first: int) -> Tensor:
+    """`y[:, t] = sum over j >= t + first of decay^(j - t - first) * x[:, j]`, for `[B, T]` and first 0 or 1.
+
+    A matrix product inside blocks, to which the same sums over the blocks on the right are added. Only
+    non-negative powers of the decay occur, so nothing overflows, and what underflows weighs nothing.
+    """
     batch, length = x.shape
-    matrix, outgoing = _weights(decay, x.dtype, x.device)
+    weights = _cached_weights if not torch.compiler.is_compiling() else _weights
     if length <= _BLOCK:
-        return _rows_times(x, matrix[:length, :length])
+        return _rows_times(x, weights(length, decay, first, x.dtype, x.device).inside)
     blocks = -(-length // _BLOCK)
     if length % _BLOCK:
         x = torch.nn.functional.pad(x, (0, blocks * _BLOCK - length))
-    local = (x.reshape(-1, _BLOCK) @ matrix).view(batch, blocks, _BLOCK)
-    from_right = _block_sums(local[:, :, 0], decay**_BLOCK)[:, 1:, None]
-    local[:, :-1].addcmul_(from_right, outgoing)
-    return local.view(batch, -1)[:, :length]
+    x = x.reshape(batch * blocks, _BLOCK)
+    inside, beyond = weights(_BLOCK, decay, first, x.dtype, x.device)
+    sums = x @ inside
+    whole = sums[:, 0] if first == 0 else torch.add(x[:, 0], sums[:, 0], alpha=decay)
+    right = _discounted_sums(whole.reshape(batch, blocks), decay**_BLOCK, 1)
+    sums.addmm_(right.reshape(-1, 1), beyond)
+    sums = sums.view(batch, blocks * _BLOCK)
+    return sums if length % _BLOCK == 0 else sums[:, :length]
 
 
 def _rows_times(x: Tensor, matrix: Tensor) -> Tensor:
@@ -168,10 +171,18 @@ def _rows_times(x: Tensor, matrix: Tensor) -> Tensor:
     return x @ matrix if len(x) != 1 else (x.expand(2, -1) @ matrix)[:1]
 
 
-@functools.lru_cache(maxsize=64)
-def _weights(decay: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`decay^(row - column)` on and below the diagonal, 0 above; and `decay^(block - column)`, to the left block."""
-    step = torch.arange(_BLOCK, device=device)
-    powers = torch.tensor(decay, dtype=torch.float64, device=device) ** torch.arange(_BLOCK + 1, device=device)
-    matrix = powers[(step[:, None] - step).clamp(min=0)].tril()
-    return matrix.to(dtype), powers[_BLOCK - step].to(dtype)
+class _Weights(NamedTuple):
+    """How much each entry of a block (row) adds to each sum (column), and what a unit from the right adds."""
+
+    inside: Tensor
+    beyond: Tensor
+
+
+def _weights(length: int, decay: float, first: int, dtype: torch.dtype, device: torch.device) -> _Weights:
+    step = torch.arange(length, device=device)
+    powers = torch.tensor(decay, dtype=torch.float64, device=device) ** torch.arange(length + 1, device=device)
+    inside = powers[(step[:, None] - step - first).clamp(min=0)].tril(-first)
+    return _Weights(inside.to(dtype), powers[length - first - step][None].to(dtype))
+
+
+_cached_weights = functools.lru_cache(maxsize=128)(_weights)

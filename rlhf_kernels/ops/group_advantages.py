@@ -78,9 +78,7 @@ def centre_groups(scores: Tensor, groups: Tensor) -> CentredGroups:
 
     voted = ~scores.isnan()
     # Measured from the group's lowest score, equal scores are all 0, and no rounding can part them again.
-    lowest = torch.full_like(scores, torch.inf).scatter_reduce_(
-        0, group, torch.where(voted, scores, torch.inf), "amin"
-    )
+    lowest = torch.full_like(scores, torch.inf).scatter_reduce_(0, group, torch.where(voted, scores, torch.inf), "amin")
     height = torch.where(voted, scores.double() - lowest[group].double(), 0.0)
     count = torch.zeros_like(group).index_add_(0, group, voted.long())[group]
     mean = torch.zeros_like(height).index_add_(0, group, height)[group] / count.clamp(min=1)

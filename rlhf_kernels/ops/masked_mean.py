@@ -41,9 +41,7 @@ def normalized(total: Tensor, count: Tensor, normalizer: float | Tensor | None) 
         return total / count.clamp(min=1)
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
-            raise ValueError(
-                f"normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}"
-            )
+            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}")
         return total / torch.where((count == 0) & (normalizer == 0), 1, normalizer)
     if not normalizer > 0:
         raise ValueError(f"normalizer must be positive, got {normalizer}; None divides by the local count")

@@ -122,9 +122,7 @@ def _check_arguments(
         raise ValueError(f'reduce="sequences" needs logp [B, T], got shape {list(logp.shape)}')
 
 
-def _reduced(
-    per_token: Tensor, mask: Tensor, reduce: Reduce, normalizer: float | Tensor | None
-) -> Tensor:
+def _reduced(per_token: Tensor, mask: Tensor, reduce: Reduce, normalizer: float | Tensor | None) -> Tensor:
     if reduce == "tokens":
         return normalized(per_token.sum(), mask.sum(), normalizer)
     lengths = mask.sum(1)

@@ -1,13 +1,14 @@
 """From sequence scores and log-probs to advantages: KL penalty, score at the last token, GAE, whitening."""
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels.ops import _check
 from rlhf_kernels.ops.gae import gae
-from rlhf_kernels.ops.kl_estimate import Kind, kl_estimate
+from rlhf_kernels.ops.kl_estimate import kl_estimate
 from rlhf_kernels.ops.masked_whiten import masked_whiten
 
 
@@ -29,7 +30,7 @@ def shaped_gae(
     mask: Tensor,
     *,
     beta: float,
-    kind: Kind = "k1",
+    kind: Literal["k1", "k2", "k3"] = "k1",
     gamma: float = 1.0,
     lam: float = 0.95,
     reward_clip: float | None = None,
@@ -92,11 +93,9 @@ def _check_arguments(
     _check.same_shape(logp=logp, ref_logp=ref_logp, values=values)
     _check.boolean_mask(mask, logp.shape)
     if scores.shape != logp.shape[:1]:
-        raise ValueError(
-            f"scores has shape {list(scores.shape)}, expected [{len(logp)}] (one score per sequence)"
-        )
-    if not beta >= 0:
-        raise ValueError(f"beta must be 0 or more, got {beta}")
+        raise ValueError(f"scores has shape {list(scores.shape)}, expected [{len(logp)}] (one score per sequence)")
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be finite and 0 or more, got {beta}")
     if reward_clip is not None and not reward_clip > 0:
         raise ValueError(f"reward_clip must be positive (or None for none), got {reward_clip}")
 

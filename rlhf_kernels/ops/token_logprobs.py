@@ -63,12 +63,12 @@ def token_logprobs(
     columns = (*rows.shape[:-1], 1)
     if isinstance(inverse, Tensor):
         inverse = inverse.reshape(columns)
-    dead = None if mask is None else ~mask.reshape(columns[:-1])
-    arguments = (rows, safe_tokens.reshape(columns), inverse, dead, entropy)
+    masked = None if mask is None else ~mask.reshape(columns)
+    arguments = (rows, safe_tokens.reshape(columns), inverse, masked, entropy)
     if rows.requires_grad and torch.is_grad_enabled():
         logp, entropies = _TokenLogProbs.apply(*arguments, inplace_backward)
     else:
-        logp, entropies, _, _ = _forward(*arguments)
+        logp, entropies, *_ = _forward(*arguments)
     logp = logp.view(tokens.shape)
     if outside is not None:
         logp = logp.masked_fill(outside, math.nan)
@@ -138,12 +138,12 @@ class _TokenLogProbs(torch.autograd.Function):
         logits: Tensor,
         tokens: Tensor,
         inverse: float | Tensor | None,
-        dead: Tensor | None,
+        masked: Tensor | None,
         entropy: bool,
         inplace: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        logp, entropies, shift, total = _forward(logits, tokens, inverse, dead, entropy)
-        ctx.save_for_backward(logits, tokens, dead, shift, total, entropies)
+        logp, entropies, *rest = _forward(logits, tokens, inverse, masked, entropy)
+        ctx.save_for_backward(logits, tokens, entropies, *rest)
         ctx.inverse, ctx.inplace, ctx.spent = inverse, inplace, False
         ctx.set_materialize_grads(False)
         return logp, entropies
@@ -157,21 +157,18 @@ class _TokenLogProbs(torch.autograd.Function):
                 "inplace_backward=True wrote the gradient over the logits, so a second backward is impossible; "
                 "call token_logprobs with inplace_backward=False"
             )
-        logits, tokens, dead, shift, total, entropies = ctx.saved_tensors
         ctx.spent = ctx.inplace
+        logits, tokens, entropies, shift, total, still = ctx.saved_tensors
         inverse, dtype = ctx.inverse, total.dtype
-
-        alive = total > 0 if dead is None else (total > 0) & ~dead.unsqueeze(-1)
-        g = torch.zeros_like(total) if grad_logp is None else torch.where(alive, grad_logp, 0)
-        over_row = torch.where(alive, -1 / total, 0)
-        at_token = g
-        if inverse is not None:
-            over_row, at_token = over_row * inverse, g * inverse
+        g = torch.zeros_like(total) if grad_logp is None else grad_logp
+        if still is not None:
+            g = g.masked_fill(still, 0)
+        at_token = g if inverse is None else g * inverse
         if grad_entropy is None:
-            over_row *= g
+            over_row = at_token / -total
         else:
-            h = torch.where(alive, grad_entropy, 0)
-            log_total_less_entropy = torch.where(alive, total.log() - entropies, 0)
+            over_row = (-1 if inverse is None else -inverse) / total
+            log_total_less_entropy = total.log() - entropies
             bracket_scratch = _rows.Scratch(logits, dtype)
 
         gradient = logits.detach() if ctx.inplace else logits.new_empty(logits.shape)
@@ -182,23 +179,24 @@ class _TokenLogProbs(torch.autograd.Function):
             _rows.shifted(logits[tile], shift[tile], _rows.part(inverse, tile), z)
             if grad_entropy is not None:
                 log_p_and_entropy = torch.sub(z, log_total_less_entropy[tile], out=bracket_scratch.like(z))
-                bracket = log_p_and_entropy.clamp_(min=_rows.SMALLEST_LOG).mul_(h[tile]).add_(g[tile])
+                log_p_and_entropy.clamp_(min=_rows.SMALLEST_LOG)
+                bracket = log_p_and_entropy.mul_(grad_entropy[tile]).add_(g[tile])
             z.exp_().mul_(over_row[tile])
             if grad_entropy is not None:
                 z.mul_(bracket)
             z.scatter_add_(-1, tokens[tile], at_token[tile])
-            if dead is not None:
-                _rows.zero_rows(z, dead[tile])
+            if still is not None:
+                _rows.zero_rows(z, still[tile])
             if z is not out:
                 out.copy_(z)
         return gradient, None, None, None, None, None
 
 
 def _forward(
-    logits: Tensor, tokens: Tensor, inverse: float | Tensor | None, dead: Tensor | None, entropy: bool
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """logits [A, B, V], tokens [A, B, 1], dead [A, B] -> logp and entropy, and for the backward pass shift and
-    total = sum_j exp((x_j - shift) / temperature), all [A, B, 1].
+    logits: Tensor, tokens: Tensor, inverse: float | Tensor | None, masked: Tensor | None, entropy: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+    """logits [A, B, V], the rest [A, B, 1] -> logp and entropy; and for the backward pass shift,
+    total = sum_j exp((x_j - shift) / temperature), and which rows get no gradient: masked, or nothing but -inf.
 
     On a CPU the shift is the token's own logit, which saves the pass that finds the maximum: total is then at least
     1, and logp = -log(total). Rows where it overflows, or whose token has logit -inf, start again at their maximum.
@@ -218,32 +216,38 @@ def _forward(
             torch.sum(z.exp_(), -1, keepdim=True, out=total[tile])
         else:
             total[tile], entropies[tile] = _rows.total_and_entropy(z, entropy_scratch.like(z))
-    if on_cpu and total.numel() and not bool(total.max() < _LARGEST_SUM):
-        shift = own.clone()
-        _again_from_the_maximum(logits, inverse, dead, shift, total, entropies)
 
-    logp = own - shift if inverse is None else (own - shift) * inverse
-    logp = (logp - total.log()).masked_fill_(total == 0, -math.inf)
-    if dead is not None:
-        logp.masked_fill_(dead.unsqueeze(-1), 0)
+    still = masked
+    if on_cpu and (total.numel() == 0 or bool(total.max() < _LARGEST_SUM)):
+        logp = total.log().neg_()
+    else:
+        if on_cpu:
+            shift = own.clone()
+            _again_from_the_maximum(logits, inverse, masked, shift, total, entropies)
+        empty = total == 0
+        still = empty if masked is None else empty | masked
+        logp = own - shift if inverse is None else (own - shift) * inverse
+        logp = (logp - total.log()).masked_fill_(empty, -math.inf)
+    if masked is not None:
+        logp.masked_fill_(masked, 0)
         if entropies is not None:
-            entropies.masked_fill_(dead.unsqueeze(-1), 0)
-    return logp, entropies, shift, total
+            entropies.masked_fill_(masked, 0)
+    return logp, entropies, shift, total, still
 
 
 def _again_from_the_maximum(
     logits: Tensor,
     inverse: float | Tensor | None,
-    dead: Tensor | None,
+    masked: Tensor | None,
     shift: Tensor,
     total: Tensor,
     entropies: Tensor | None,
 ) -> None:
     """Overwrite shift, total and entropies of the counted rows whose total is too large or NaN."""
-    again = ~(total.squeeze(-1) < _LARGEST_SUM)
-    if dead is not None:
-        again &= ~dead
-    for positions in again.nonzero().split(_rows.tile_rows(logits, total.dtype)):
+    again = ~(total < _LARGEST_SUM)
+    if masked is not None:
+        again &= ~masked
+    for positions in again.squeeze(-1).nonzero().split(_rows.tile_rows(logits, total.dtype)):
         rows = (positions[:, 0], positions[:, 1])
         x = logits[rows].to(total.dtype)
         shift[rows] = maximum = _rows.finite_maximum(x)

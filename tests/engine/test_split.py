@@ -8,8 +8,8 @@ from rlhf_engine.split import normalise, part
 
 
 def test_normalise_ignores_what_data_sets_do_to_a_text():
-    rated = "“Lovely &amp; Amazing” is a bleak,  ***** Café film -- clichés_and all."
-    tokenised = "\" lovely & amazing \" is a bleak , cafe film - - cliche's and all ."
+    rated = "“Lovely &amp;amp; Amazing” is a bleak,  ***** Café film -- clichés_and all."
+    tokenised = '" lovely & amazing " is a bleak , cafe film - - cliche\'s and all .'
     assert normalise(rated) == normalise(tokenised) == "lovelyamazingisableakcafefilmclichesandall"
 
 
@@ -17,22 +17,31 @@ def test_normalise_keeps_letters_of_every_script_and_digits():
     assert normalise("Любовь 2 東京!") == "любовь2東京"
 
 
-@given(st.text())
-def test_normalise_twice_is_normalise_once_for_plain_text(text):
-    plain = "".join(c for c in text if c.isascii() and c != "&")
-    assert normalise(normalise(plain)) == normalise(plain)
+@given(st.text(st.characters(codec="ascii", exclude_characters="&")))
+def test_normalise_changes_nothing_that_is_normalised(text):
+    assert normalise(normalise(text)) == normalise(text)
 
 
-# sha256 of the normalised text begins with 05a4 (.022), 1ae5 (.105), 2d28 (.176), 3b1c (.231), ff1d (.997).
+# sha256 of the normalised text over 2^256, worked out apart from this code.
 @pytest.mark.parametrize(
-    ("text", "split"),
+    ("text", "position"),
     [
-        ("text 22", "heldout"),
-        ("A good film.", "train"),
+        ("Four", 0.019282283275381375),
+        ("Spiderman ROCKS", 0.09828604377545873),
+        ("Family fare.", 0.2324575042633195),
+        ("One!", 0.46317694643699076),
+        ("A good film.", 0.9559919932383236),
     ],
 )
-def test_part_is_the_same_on_every_machine(text, split):
-    assert part(text) == split
+def test_part_is_the_same_on_every_machine(text, position):
+    assert part(text, heldout=position + 1e-12, gold=0) == "heldout"
+    assert part(text, heldout=position - 1e-12, gold=2e-12) == "gold"
+    assert part(text, heldout=position - 1e-12, gold=0) == "train"
+
+
+def test_part_by_default():
+    texts = {"Spiderman ROCKS": "heldout", "Five": "gold", "Family fare.": "train"}
+    assert {text: part(text) for text in texts} == texts
 
 
 @given(st.text(), st.floats(0, 0.5), st.floats(0, 0.5))

@@ -16,6 +16,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GPT2Config,
+    MambaConfig,
     Qwen2Config,
 )
 
@@ -58,6 +59,8 @@ def other_config(kind: str, rows: int):
         return Gemma2Config(**shared, head_dim=8, sliding_window=5, final_logit_softcapping=2.0)
     if kind == "cohere":
         return CohereConfig(**{**shared, "num_key_value_heads": 2})
+    if kind == "mamba":
+        return MambaConfig(vocab_size=rows, hidden_size=16, num_hidden_layers=2)
     return Qwen2Config(**shared, attention_dropout=0.3)
 
 
@@ -242,9 +245,11 @@ def test_a_row_longer_than_the_context_is_refused(policy):
         policy(tokens, counted(5, 33, width=40))
 
 
-def test_an_architecture_with_scaled_logits_is_refused(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"logits of CohereForCausalLM are not softcap\(hidden @ weight.T \+ bias\)"):
-        HFPolicy.load_folder(hf_folder(tmp_path, tokenizer, "cohere"))
+@pytest.mark.parametrize("kind", ["cohere", "mamba"])
+def test_an_architecture_that_works_otherwise_is_refused(kind, tokenizer, tmp_path):
+    """Cohere scales its logits; Mamba takes no cache of keys and values, and would sample without any memory."""
+    with pytest.raises(ValueError, match=r"(Cohere|Mamba)ForCausalLM differs from what this policy assumes by"):
+        HFPolicy.load_folder(hf_folder(tmp_path, tokenizer, kind))
 
 
 def test_fresh_weights_depend_on_the_seed_alone():
@@ -314,6 +319,18 @@ def test_the_sampler_uses_the_global_random_numbers_and_nothing_else(policy):
     assert not torch.equal(first, second)
 
 
+def test_a_prompt_in_several_rows_is_answered_independently(policy):
+    """Prompts of a group are read once; each row still gets its own response and its own log-probs."""
+    distinct, mask = random_tokens(3, 6), counted(6, 2, 6, width=6)
+    rows = torch.tensor([2, 0, 0, 1, 2, 1, 0])
+    torch.manual_seed(1)
+    tokens, logp = policy.generate(distinct[rows], mask[rows], length=9, temperature=1.0, end_id=-1)
+    assert tokens.unique(dim=0).shape[0] == 7
+    everything = torch.cat([distinct[rows], tokens], 1), torch.cat([mask[rows], torch.ones(7, 9).bool()], 1)
+    expected = logits(policy, *everything)[:, 5:-1].log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
+
+
 def test_sampling_stops_once_every_row_has_ended(policy):
     prompt = random_tokens(3, 4)
     mask = torch.ones_like(prompt, dtype=torch.bool)
@@ -350,7 +367,7 @@ def test_bad_prompts_are_refused_by_name(policy):
         generate(counted(10, 0, 3, width=10))
     with pytest.raises(ValueError, match="prompt 2 is padded on the right"):
         generate(counted(10, 4, 0, width=10) | (torch.arange(10) < 2))
-    with pytest.raises(ValueError, match="prompt 0 has 10 tokens, and with a response of 23 .* context of 32"):
+    with pytest.raises(ValueError, match=r"prompt 0 has 10 tokens, and with a response of 23 .* context of 32"):
         generate(counted(10, 4, 3, width=10), length=23)
     generate(counted(10, 4, 3, width=10), length=22)
     with pytest.raises(ValueError, match="length 0"):
@@ -552,7 +569,9 @@ def test_hook_with_an_existing_folder(kind, tokenizer, tmp_path):
 
 def test_hook_names_what_is_missing(tmp_path):
     for stage in ("reward", "rl"):
-        with pytest.raises(ValueError, match=f"the stage '{stage}' needs a language model to start from: put 'pretrain'"):
+        with pytest.raises(
+            ValueError, match=f"the stage '{stage}' needs a language model to start from: put 'pretrain'"
+        ):
             HuggingFace().rlhf_models(run=FakeRun(), stage=stage, needs=set())
     with pytest.raises(FileNotFoundError, match="is not a Hugging Face folder"):
         HuggingFace(policy=str(tmp_path)).rlhf_models(run=FakeRun(), stage="pretrain", needs=set())

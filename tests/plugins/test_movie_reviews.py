@@ -146,23 +146,24 @@ def test_the_real_reviews(movie_reviews: MovieReviews):
     prompts = movie_reviews.rlhf_prompts()
     assert Counter(prompt.split for prompt in prompts) == {"train": 1_976, "heldout": 486}
     assert {len(prompt.text.split()) for prompt in prompts} == {8}
-    assert len({normalise(prompt.text) for prompt in prompts if prompt.split == "train"} & {
-        normalise(prompt.text) for prompt in prompts if prompt.split == "heldout"
-    }) == 0
+    assert (
+        len(
+            {normalise(prompt.text) for prompt in prompts if prompt.split == "train"}
+            & {normalise(prompt.text) for prompt in prompts if prompt.split == "heldout"}
+        )
+        == 0
+    )
 
 
 def test_no_heldout_or_gold_text_is_in_any_training(movie_reviews: MovieReviews, human_ratings: HumanRatings):
     documents: dict[str, set[str]] = defaultdict(set)
     for document in movie_reviews.rlhf_documents():
         documents[document.split].add(normalise(document.text))
-    rated = {
-        split: {
-            normalise(text)
-            for pair in human_ratings.rlhf_preferences(run=Seed(), split=split, epoch=0)
-            for text in (pair.chosen, pair.rejected)
-        }
-        for split in ("train", "heldout")
-    }
+    rated = {}
+    for split in ("train", "heldout"):
+        pairs = human_ratings.rlhf_preferences(run=Seed(), split=split, epoch=0)
+        texts = {text for pair in pairs for text in (pair.chosen, pair.rejected)}
+        rated[split] = set(map(normalise, texts))
     # The two data sets do share most of their sentences, or this test would prove little.
     assert (len(rated["train"]), len(rated["train"] & documents["train"])) == (9_530, 7_601)
     assert (len(rated["heldout"]), len(rated["heldout"] & documents["heldout"])) == (1_047, 861)
@@ -171,9 +172,9 @@ def test_no_heldout_or_gold_text_is_in_any_training(movie_reviews: MovieReviews,
     assert not trained & (documents["heldout"] | rated["heldout"])
     assert not documents["gold"] & (trained | documents["heldout"] | rated["heldout"])
     # Nor is a held-out sentence, as a whole, part of a longer text that something is trained on.
-    planted = {f"before {text} after" for text in sorted(rated["heldout"])[:3]}
-    assert len(contained(rated["heldout"], trained | planted)) == 3
-    assert contained(rated["heldout"], trained | documents["gold"]) == set()
+    planted = set(sorted(rated["heldout"])[:3])
+    longer = {f"before{text}after" for text in planted}
+    assert contained(rated["heldout"], trained | documents["gold"] | longer) == planted
 
 
 class Seed:
@@ -183,19 +184,24 @@ class Seed:
 def contained(texts: set[str], longer: set[str]) -> set[str]:
     """Those `texts` (of 8 bytes or more) that stand inside one of `longer`.
 
-    All places whose first 8 bytes begin one of the texts are found at once, as 64-bit numbers: searching for
-    one text after the other takes 10 s.
+    All places that could begin one of the texts are found at once, by a hash of their first 8 bytes: searching
+    for one text after the other takes 10 s.
     """
     haystack = "\n".join(longer).encode()
     by_start: dict[int, list[bytes]] = defaultdict(list)
     for text in texts:
         by_start[int.from_bytes(text.encode()[:8], "little")].append(text.encode())
-    starts = np.array(list(by_start), dtype="<u8")
+    begins = np.zeros(2**20, dtype=bool)
+    begins[hashed(np.array(list(by_start), dtype="<u8"))] = True
     found = set()
     for offset in range(8):
         windows = np.frombuffer(haystack, "<u8", count=(len(haystack) - offset) // 8, offset=offset)
-        for place in np.flatnonzero(np.isin(windows, starts)).tolist():
-            for text in by_start[int(windows[place])]:
+        for place in np.flatnonzero(begins[hashed(windows)]).tolist():
+            for text in by_start.get(int(windows[place]), ()):
                 if haystack.startswith(text, place * 8 + offset):
                     found.add(text.decode())
     return found
+
+
+def hashed(numbers: np.ndarray) -> np.ndarray:
+    return (numbers * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(44)

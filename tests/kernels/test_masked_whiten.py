@@ -1,0 +1,85 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_kernels.ops.masked_whiten import masked_whiten
+
+# lm-human-preferences: 1.2 to 2.0 in steps of .1
+LADDER = torch.tensor([[1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0]])
+
+
+def test_known_answers():
+    everything = torch.ones(3, 3, dtype=torch.bool)
+    population = masked_whiten(LADDER, everything, shift_mean=False)
+    unbiased = masked_whiten(LADDER, everything, shift_mean=False, unbiased=True)
+    assert population[0, 0].item() == pytest.approx(0.0508, abs=5e-5)
+    assert unbiased[0, 0].item() == pytest.approx(0.1394, abs=5e-5)
+    torch.testing.assert_close(masked_whiten(LADDER, everything) + 1.6, population, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("length", [5, 17, 1000])
+def test_a_large_mean_costs_no_digits(length):
+    """E[x^2] - E[x]^2 in float32 is off by a factor here; so is a float32 mean by 2e-3."""
+    x = 1000 + 0.01 * torch.arange(length, dtype=torch.float32)
+    exact = x.double()
+    expected = (exact - exact.mean()) / (exact.var(unbiased=False) + 1e-8).sqrt()
+    whitened = masked_whiten(x, torch.ones(length, dtype=torch.bool))
+    torch.testing.assert_close(whitened.double(), expected, atol=2e-7, rtol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    shape=st.lists(st.integers(0, 12), min_size=1, max_size=3),
+    share=st.sampled_from([0.0, 0.2, 1.0]),
+    shift_mean=st.booleans(),
+    unbiased=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16]),
+)
+def test_agrees_with_selecting(seed, shape, share, shift_mean, unbiased, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    mask = torch.rand(shape, generator=generator) < share
+    x[~mask] = torch.inf
+    counted = x[mask].double()
+    expected = torch.zeros(shape, dtype=torch.float64)
+    if len(counted):
+        centred = counted - counted.mean()
+        variance = centred.square().sum() / max(len(counted) - unbiased, 1)
+        expected[mask] = centred / (variance + 1e-8).sqrt() + (0 if shift_mean else counted.mean())
+    whitened = masked_whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased)
+    assert whitened.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = 1e-11 if dtype == torch.float64 else 5e-7
+    torch.testing.assert_close(whitened.double(), expected, atol=tolerance, rtol=0)
+
+
+def test_equal_entries_and_a_single_one_become_zero():
+    for x in (torch.full((4,), 0.1), torch.full((4,), 0.1, dtype=torch.float64), torch.tensor([3.0])):
+        for unbiased in (False, True):
+            whitened = masked_whiten(x, torch.ones_like(x, dtype=torch.bool), unbiased=unbiased)
+            assert whitened.abs().max() < 1e-9
+
+
+def test_gradient():
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    mask = torch.tensor([[True, True, False, False], [True, True, True, True], [False] * 4])
+    for options in ({}, {"shift_mean": False, "unbiased": True}):
+        assert torch.autograd.gradcheck(lambda x, options=options: masked_whiten(x, mask, **options), x)
+    junk = torch.where(mask, x.detach(), torch.nan).requires_grad_()
+    masked_whiten(junk, mask).square().sum().backward()
+    assert junk.grad.isfinite().all() and not junk.grad[~mask].any()
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "x", "mask", "eps"),
+    [
+        (TypeError, "x must be a floating", LADDER.long(), LADDER.bool(), 1e-8),
+        (TypeError, "mask must be a bool", LADDER, LADDER, 1e-8),
+        (ValueError, "mask has shape", LADDER, LADDER[0].bool(), 1e-8),
+        (ValueError, "eps must be positive, got 0", LADDER, LADDER.bool(), 0.0),
+    ],
+)
+def test_bad_arguments(error, message, x, mask, eps):
+    with pytest.raises(error, match=message):
+        masked_whiten(x, mask, eps=eps)
