@@ -4,8 +4,6 @@ TRL's trainers run unmodified: `trainer.train()` goes on in a thread of its own 
 of every optimizer step. A call lets it run to the next one. Its sampler, its generate, its loss and its optimizer step
 are its own, and while it is held it uses no processor. Everything is at TRL's defaults but for what the bench fixes
 for all (batch, response length, learning-rate schedule length), fp32, and no logging, saving or progress bar.
-
-Nobody stops early: the tokenizer's end token has the id one past the model's vocabulary, so it cannot be sampled.
 """
 
 import copy
@@ -13,18 +11,11 @@ import itertools
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -32,88 +23,9 @@ from transformers import (
     TrainerCallback,
 )
 
+from bench.subject import Setting, letter_share, make_preferences
+
 STEPS = 10_000  # more than any bench asks for: the trainers want to know the length of their schedule
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The shape of the bench; as it stands the Llama-like model has 1.2 million parameters."""
-
-    vocabulary: int = 2048
-    hidden: int = 128
-    intermediate: int = 448
-    layers: int = 4
-    heads: int = 4
-    prompts: int = 8
-    group: int = 4
-    prompt_length: int = 16
-    response_length: int = 32
-
-    @property
-    def batch(self) -> int:
-        return self.prompts * self.group
-
-
-def words(setting: Setting) -> list[str]:
-    """One made-up lower-case word for each token that the model knows, but for the padding (id 0)."""
-    syllables = [consonant + vowel for consonant in "bdfghklmnprstvz" for vowel in "aeiou"]
-    made = itertools.chain(syllables, ("".join(pair) for pair in itertools.product(syllables, repeat=2)))
-    return list(itertools.islice(made, setting.vocabulary - 1))
-
-
-def make_tokenizer(setting: Setting) -> PreTrainedTokenizerFast:
-    """A word a token; `<pad>` is 0 and `<end>` is one past the model's vocabulary, so that no model can end early."""
-    vocabulary = {word: token for token, word in enumerate(["<pad>", *words(setting), "<end>"])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", padding_side="left"
-    )
-
-
-def make_prompts(setting: Setting, count: int, seed: int = 0) -> list[str]:
-    """`count` random prompts of `prompt_length` tokens each: no padding for anyone."""
-    return _texts(setting, count, setting.prompt_length, seed)
-
-
-def _texts(setting: Setting, count: int, length: int, seed: int) -> list[str]:
-    known = words(setting)
-    choices = torch.randint(len(known), (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [" ".join(known[index] for index in row) for row in choices]
-
-
-def letter_share(texts: list[str]) -> list[float]:
-    """The reward: the share of the letter a in each text."""
-    return [text.count("a") / max(len(text), 1) for text in texts]
-
-
-def _config(setting: Setting, vocabulary: int, **options: Any) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=setting.hidden,
-        intermediate_size=setting.intermediate,
-        num_hidden_layers=setting.layers,
-        num_attention_heads=setting.heads,
-        num_key_value_heads=setting.heads,
-        max_position_embeddings=4 * (setting.prompt_length + setting.response_length),
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-        **options,
-    )
-
-
-def make_policy(setting: Setting, seed: int = 0) -> LlamaForCausalLM:
-    """A randomly initialised causal language model, fp32."""
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(_config(setting, setting.vocabulary))
-
-
-def make_scorer(setting: Setting, seed: int = 0) -> LlamaForSequenceClassification:
-    """The same network with a scalar head (reward model or critic); it knows the end token, which TRL appends."""
-    torch.manual_seed(seed)
-    return LlamaForSequenceClassification(_config(setting, setting.vocabulary + 1, num_labels=1))
 
 
 class HeldTrainer:
@@ -122,6 +34,7 @@ class HeldTrainer:
     def __init__(self, trainer: Any):
         self._proceed, self._arrived = threading.Semaphore(0), threading.Semaphore(0)
         self._closing = False
+        self._ended = False
         self._error: BaseException | None = None
         self.trainer = trainer
         trainer.remove_callback(PrinterCallback)  # PPOTrainer logs at every step whatever it is told
@@ -138,6 +51,7 @@ class HeldTrainer:
                 pass
             except BaseException as error:  # handed to the caller, who otherwise would wait for ever
                 self._error = error
+            self._ended = True
             self._arrived.release()
 
         self._thread = threading.Thread(target=run, daemon=True)
@@ -151,14 +65,16 @@ class HeldTrainer:
             raise _Closed
 
     def __call__(self) -> None:
+        """One optimizer step of the trainer (PPOTrainer: one batch with all its epochs)."""
         self._proceed.release()
         self._arrived.acquire()
         if self._error is not None:
             raise RuntimeError(f"{type(self.trainer).__name__} failed inside its training loop") from self._error
-        if not self._thread.is_alive():
+        if self._ended:
             raise RuntimeError(f"{type(self.trainer).__name__} finished: it has no step left")
 
     def close(self) -> None:
+        """End the training loop where it is held; nothing is saved."""
         self._closing = True
         self._proceed.release()
         self._thread.join()
@@ -256,7 +172,7 @@ def trl_ppo(
     try:
         from trl.experimental.ppo import PPOConfig, PPOTrainer
     except (ImportError, RuntimeError) as error:
-        raise ImportError(f"TRL 1.10's PPOTrainer does not import ({error}): pip install requests pandas") from error
+        raise ImportError(f"TRL 1.10's PPOTrainer does not import ({error}): pip install requests") from error
     arguments = PPOConfig(
         **_common(tempfile.mkdtemp()),
         per_device_train_batch_size=setting.batch,
@@ -291,15 +207,6 @@ def trl_reward(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, setti
         processing_class=copy.deepcopy(tokenizer),
     )
     return HeldTrainer(trainer)
-
-
-def make_preferences(setting: Setting, count: int, seed: int = 0) -> dict[str, list[str]]:
-    """Columns `chosen` and `rejected`: random texts of `prompt_length + response_length` tokens."""
-    length = setting.prompt_length + setting.response_length
-    return {
-        "chosen": _texts(setting, count, length, 2 * seed + 1),
-        "rejected": _texts(setting, count, length, 2 * seed + 2),
-    }
 
 
 def minimal_grpo(

@@ -17,11 +17,11 @@ def brevity(texts: list[str]) -> list[float]:
     return [-len(text) / 100 for text in texts]
 
 
-def main(folder: str = "runs/movies/pretrain/result", steps: int = 5) -> list[float]:
+def main(folder: str = "runs/movies/pretrain/result", steps: int = 5, learning_rate: float = 3e-4) -> list[float]:
     torch.manual_seed(0)
     models = load_models(folder)
     engine = Engine([GRPO(), FunctionReward(brevity)], models, samples_per_prompt=8, response_length=16)
-    optimizer = torch.optim.AdamW(engine.parameters(), lr=3e-4)
+    optimizer = torch.optim.AdamW(engine.parameters(), lr=learning_rate)
     prompts = [Prompt(text="This film was"), Prompt(text="I thought the plot")]
     means = []
     for step in range(steps):

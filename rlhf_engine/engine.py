@@ -27,7 +27,7 @@ from rlhf_engine.models import Critic, Models, Policy
 
 __all__ = ["Engine", "RewardError"]
 
-NEEDS = {"ref_logp", "values", "old_logp", "entropy"}
+NEEDS = {"ref_logp", "values", "old_logp", "entropy", "groups"}
 
 
 class RewardError(Exception):
@@ -77,6 +77,7 @@ class Engine:
         self.needs = needs(self.manager)
         self.weights: dict[str, float] = {}
         """name -> weight of the rewards that answered last; 0: a metric only"""
+        refuse_single_samples(self.manager, samples_per_prompt)
         if models.policy is None:
             raise ValueError("models.policy is None: there is nothing to train")
         for need, model in (("ref_logp", "reference"), ("values", "critic")):
@@ -292,6 +293,12 @@ def needs(made: pluggy.PluginManager) -> set[str]:
             f"Known: {', '.join(sorted(NEEDS))}"
         )
     return wanted
+
+
+def refuse_single_samples(made: pluggy.PluginManager, samples_per_prompt: int) -> None:
+    """Refuse an algorithm that compares the responses to a prompt where there is one: it would learn nothing."""
+    if "groups" in needs(made) and samples_per_prompt < 2:
+        raise PluginError(f"{_who_needs(made, 'groups')} compares responses: samples_per_prompt must be at least 2")
 
 
 def _who_needs(made: pluggy.PluginManager, need: str) -> str:

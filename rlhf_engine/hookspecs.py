@@ -162,7 +162,8 @@ def rlhf_reward(rollout: Rollout, prompts: list[Prompt], texts: list[str], model
 def rlhf_needs() -> set[str]:
     """All answers, united. What the engine must compute for this plugin: any of "ref_logp" (the reference's
     log-probs), "values" (a critic), "old_logp" (the policy's log-probs again in the training forward, so that
-    the first ratio is exactly 1; otherwise the sampler's are taken), "entropy" (with gradient, in the loss)."""
+    the first ratio is exactly 1; otherwise the sampler's are taken), "entropy" (with gradient, in the loss),
+    "groups" (at least two responses to every prompt)."""
     raise NotImplementedError
 
 

@@ -39,12 +39,10 @@ class GRPO:
 
     @hookimpl
     def rlhf_needs(self) -> set[str]:
-        return {"ref_logp"} if self.kl_coefficient else set()
+        return {"groups", *({"ref_logp"} if self.kl_coefficient else ())}
 
     @hookimpl
     def rlhf_advantages(self, rewarded: Rewarded) -> Advantages:
-        if len(rewarded.group.unique()) == len(rewarded):
-            raise ValueError("every group has a single response: set samples_per_prompt (in [rl]) to at least 2")
         scores = rewarded.rewards.sum(1)  # the score, less a KL penalty if one is active
         advantages = group_advantages(scores, rewarded.group, scale=self.scale)
         return Advantages(advantages[:, None] * rewarded.mask, None)

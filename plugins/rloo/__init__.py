@@ -18,9 +18,11 @@ class RLOO:
     """the ratio of whole responses is clipped to [1 - clip, 1 + clip]; it only matters after the first step"""
 
     @hookimpl
+    def rlhf_needs(self) -> set[str]:
+        return {"groups"}
+
+    @hookimpl
     def rlhf_advantages(self, rewarded: Rewarded) -> Advantages:
-        if len(rewarded.group.unique()) == len(rewarded):
-            raise ValueError("every group has a single response: set samples_per_prompt (in [rl]) to at least 2")
         scores = rewarded.rewards.sum(1)  # the score, less a KL penalty if one is active
         return Advantages(leave_one_out(scores, rewarded.group)[:, None] * rewarded.mask, None)
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_engine.batch import Preference
-from rlhf_engine.defaults import left_pad
 from rlhf_engine.engine import combine, step_optimizer
 from rlhf_engine.hookspecs import Stage, hookimpl
 from rlhf_engine.models import Critic, Models
@@ -139,10 +139,20 @@ def by_texts(pairs: Iterable[Preference], texts: int) -> Iterator[list[Preferenc
         yield batch
 
 
-def score_texts(models: Models, model: Critic | None, texts: list[str]) -> Tensor:
-    """The reward model's score of each text, `[N]` fp32, read at its last token."""
+def score_texts(models: Models, model: Critic | None, texts: list[str], *, rows_per_forward: int = 16) -> Tensor:
+    """The reward model's score of each text, `[N]` fp32, read at its last token.
+
+    Texts of like length go through the model together: padding would otherwise be most of the work.
+    """
     assert model is not None, "this stage needs models.reward_model"
     tokenizer = models.tokenizer
     rows = [row or [tokenizer.end_id] for row in tokenizer.encode(texts)]
-    tokens, mask = left_pad(rows, tokenizer.pad_id)
-    return model(tokens.to(models.device), mask.to(models.device))[:, -1]
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    scores = []
+    for start in range(0, len(order), rows_per_forward):
+        some = [torch.tensor(rows[number]) for number in order[start : start + rows_per_forward]]
+        tokens = pad_sequence(some, batch_first=True, padding_value=tokenizer.pad_id).to(models.device)
+        lengths = torch.tensor([len(row) for row in some], device=models.device)
+        mask = torch.arange(tokens.shape[1], device=models.device) < lengths[:, None]
+        scores.append(model(tokens, mask).gather(1, lengths[:, None] - 1)[:, 0])
+    return torch.cat(scores)[torch.tensor(order, device=models.device).argsort()]

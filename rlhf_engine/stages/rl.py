@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_engine.batch import Batch, Prompt, Rollout, Scored
 from rlhf_engine.checkpoint import folder_hash
-from rlhf_engine.engine import Engine, combine, needs
+from rlhf_engine.engine import Engine, combine, needs, refuse_single_samples
 from rlhf_engine.hookspecs import Stage, hookimpl
 from rlhf_engine.models import Models
 from rlhf_engine.run import Run, log
@@ -65,6 +65,10 @@ class RL:
             "rlhf_loss",
         )
         return {"rl": Stage(work=self.work, requires=hooks)}
+
+    @hookimpl
+    def rlhf_run_started(self, run: Run) -> None:
+        refuse_single_samples(run.manager, self.samples_per_prompt)  # now, and not after the stages before this one
 
     def work(self, run: Run) -> Path:
         engine = self._engine(run)

@@ -16,13 +16,9 @@ SMALLEST_TILE_ELEMENTS = 2**18
 SMALLEST_LOG = -1e30
 
 
-def rows_first(x: Tensor, rows: int) -> Tensor:
-    """x [..., V] as [A, B, V] with A * B = rows. Strided layouts such as `logits[:, :-1]` are not copied."""
-    if x.dim() == 3 and not x.is_contiguous():
-        return x
-    if x.dim() == 2:
-        return x.unsqueeze(0)
-    return x.reshape(1, rows, x.shape[-1])
+def rows_first(x: Tensor) -> Tensor:
+    """x [..., V] as [A, B, V]. Up to three dimensions nothing is copied, whatever the strides (`logits[:, :-1]`)."""
+    return x.flatten(0, -3) if x.dim() > 3 else x[(None,) * (3 - x.dim())]
 
 
 def tile_rows(x: Tensor, dtype: torch.dtype) -> int:
@@ -70,9 +66,8 @@ def shifted(x: Tensor, shift: Tensor, inverse: float | Tensor | None, out: Tenso
 
 
 def finite_maximum(x: Tensor) -> Tensor:
-    """The maximum of each row as a column; 0 for a row of nothing but -inf, so that x - maximum is no NaN."""
-    maximum = x.amax(-1, keepdim=True)
-    return maximum.masked_fill_(maximum == -math.inf, 0)
+    """The maximum of each row as a column, finite for a row of nothing but -inf, so that x - maximum is no NaN."""
+    return x.amax(-1, keepdim=True).clamp_(min=torch.finfo(x.dtype).min)
 
 
 def total_and_entropy(z: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +78,13 @@ def total_and_entropy(z: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
     log_p.sub_(total.log()).clamp_(min=SMALLEST_LOG)
     entropy = log_p.mul_(exponential).sum(-1, keepdim=True).div_(total).neg_()
     return total, entropy.masked_fill_(total == 0, 0)
+
+
+def joined(columns: list[Tensor], like: Tensor) -> Tensor:
+    """The columns of all tiles, in their order, in the shape of `like`."""
+    if len(columns) == 1:
+        return columns[0]
+    return torch.cat([column.reshape(-1) for column in columns]).view(like.shape) if columns else like.clone()
 
 
 def zero_rows(tile: Tensor, rows: Tensor) -> None:

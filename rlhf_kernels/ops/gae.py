@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_kernels import backend
 from rlhf_kernels.ops import _check
 
 _BLOCK = 32
@@ -55,6 +56,7 @@ def gae(
     Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation",
     equations 11-16.
     """
+    backend.torch_only("gae")
     _check_arguments(rewards, values, mask, gamma, lam, bootstrap)
     dtype = _check.accumulation_dtype(rewards, values)
     rewards, values = rewards.to(dtype), values.to(dtype)
@@ -138,7 +140,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+        and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
     )
     return x.dtype if plain else torch.float64
 

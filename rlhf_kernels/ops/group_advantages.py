@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from rlhf_kernels import backend
 from rlhf_kernels.ops import _check
 
 Scale = Literal["std", "none"]
@@ -37,15 +38,16 @@ def group_advantages(
     Source: Shao et al. 2024, "DeepSeekMath" (GRPO); Liu et al. 2025, "Understanding R1-Zero-Like Training"
     (Dr.GRPO).
     """
+    backend.torch_only("group_advantages")
     if scale not in get_args(Scale):
         raise ValueError(f'scale must be "std" or "none", got {scale!r}')
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
-    centred, count, group = centre_groups(scores, groups)
+    centred, votes, group = centre_groups(scores, groups)
     if scale == "none":
         return centred.to(_check.accumulation_dtype(scores))
     squares = torch.zeros_like(centred).index_add_(0, group, centred.square())
-    std = (squares[group] / (count - int(unbiased)).clamp(min=1)).sqrt()
+    std = (squares[group] / (votes - int(unbiased)).clamp(min=1)).sqrt()
     return (centred / (std + eps)).to(_check.accumulation_dtype(scores))
 
 
@@ -54,7 +56,7 @@ class CentredGroups(NamedTuple):
 
     centred: Tensor
     """float64: score minus the mean of its group; 0 for an abstention"""
-    count: Tensor
+    votes: Tensor
     """int64: how many sequences of the group did not abstain"""
     group: Tensor
     """int64: the group's number, counted from 0"""
@@ -80,6 +82,6 @@ def centre_groups(scores: Tensor, groups: Tensor) -> CentredGroups:
     # Measured from the group's lowest score, equal scores are all 0, and no rounding can part them again.
     lowest = torch.full_like(scores, torch.inf).scatter_reduce_(0, group, torch.where(voted, scores, torch.inf), "amin")
     height = torch.where(voted, scores.double() - lowest[group].double(), 0.0)
-    count = torch.zeros_like(group).index_add_(0, group, voted.long())[group]
-    mean = torch.zeros_like(height).index_add_(0, group, height)[group] / count.clamp(min=1)
-    return CentredGroups(torch.where(voted, height - mean, 0.0), count, group)
+    votes = torch.zeros_like(group).index_add_(0, group, voted.long())[group]
+    mean = torch.zeros_like(height).index_add_(0, group, height)[group] / votes.clamp(min=1)
+    return CentredGroups(torch.where(voted, height - mean, 0.0), votes, group)

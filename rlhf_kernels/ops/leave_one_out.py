@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rlhf_kernels import backend
 from rlhf_kernels.ops import _check
 from rlhf_kernels.ops.group_advantages import centre_groups
 
@@ -27,5 +28,6 @@ def leave_one_out(scores: Tensor, groups: Tensor) -> Tensor:
 
     Source: Ahmadian et al. 2024, "Back to Basics: Revisiting REINFORCE-Style Optimization" (RLOO).
     """
-    centred, count, _ = centre_groups(scores, groups)
-    return (centred * count / (count - 1).clamp(min=1)).to(_check.accumulation_dtype(scores))
+    backend.torch_only("leave_one_out")
+    centred, votes, _ = centre_groups(scores, groups)
+    return (centred * votes / (votes - 1).clamp(min=1)).to(_check.accumulation_dtype(scores))

@@ -167,22 +167,28 @@ def _forward(
     """
     rows = tokens.shape[0]
     hidden = hidden.to(head.weight.dtype)
-    own, maximum, total = hidden.new_empty(3, rows, 1)
-    entropies = torch.empty_like(own) if entropy else None
-    entropy_scratch = head.scratch(rows) if entropy else None
+    maxima, owns, totals, entropy_columns = [], [], [], []
     scratch = head.scratch(rows) if kept is None else head.product(hidden, kept)
+    entropy_scratch = head.scratch(rows) if entropy else None
     for tile in head.tiles(rows):
         z = scratch[tile] if kept is not None else head.product(hidden[tile], scratch[: tile.stop - tile.start])
         head.finish(z, _rows.part(inverse, tile))
-        maximum[tile] = _rows.finite_maximum(z)
-        z.sub_(maximum[tile])
-        own[tile] = z.gather(-1, tokens[tile])
-        if entropies is None or entropy_scratch is None:
-            torch.sum(z.exp_(), -1, keepdim=True, out=total[tile])
+        maximum = _rows.finite_maximum(z)
+        z.sub_(maximum)
+        own = z.gather(-1, tokens[tile])
+        if entropy_scratch is None:
+            total = z.exp_().sum(-1, keepdim=True)
         else:
-            total[tile], entropies[tile] = _rows.total_and_entropy(z, entropy_scratch[: z.shape[0]])
+            total, column = _rows.total_and_entropy(z, entropy_scratch[: z.shape[0]])
+            entropy_columns.append(column)
         if kept is not None:
-            z.scatter_add_(-1, tokens[tile], -total[tile])
+            z.scatter_add_(-1, tokens[tile], -total)
+        maxima.append(maximum)
+        owns.append(own)
+        totals.append(total)
+    none = hidden.new_empty(rows, 1)
+    maximum, own, total = (_rows.joined(columns, none) for columns in (maxima, owns, totals))
+    entropies = _rows.joined(entropy_columns, none) if entropy else None
     logp = (own - total.log()).masked_fill_(total == 0, -math.inf)
     return logp, entropies, own, maximum, total
 

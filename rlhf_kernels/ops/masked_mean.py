@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rlhf_kernels import backend
 from rlhf_kernels.ops import _check
 
 
@@ -25,6 +26,7 @@ def masked_mean(x: Tensor, mask: Tensor, *, normalizer: float | Tensor | None = 
         TypeError: x is not floating or the mask is not bool.
         ValueError: the shapes differ, or the normaliser is not positive or not 0-d.
     """
+    backend.torch_only("masked_mean")
     _check.floating(x=x)
     _check.boolean_mask(mask, x.shape)
     total = torch.where(mask, x, 0.0).sum(dtype=_check.accumulation_dtype(x))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rlhf_kernels import backend
 from rlhf_kernels.ops import _check
 
 
@@ -30,6 +31,7 @@ def masked_whiten(
 
     Source: `whiten` of OpenAI's lm-human-preferences (population variance, eps 1e-8).
     """
+    backend.torch_only("masked_whiten")
     _check.floating(x=x)
     _check.boolean_mask(mask, x.shape)
     if not eps > 0:

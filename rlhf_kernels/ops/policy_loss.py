@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from rlhf_kernels import backend
 from rlhf_kernels.ops import _check
 from rlhf_kernels.ops.masked_mean import normalized
 
@@ -69,6 +70,7 @@ def policy_loss(
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7; Ye et al. 2020,
     "Mastering Complex Control in MOBA Games", equation 5 (dual clip); Yu et al. 2025, "DAPO" (clip_high).
     """
+    backend.torch_only("policy_loss")
     _check_arguments(logp, old_logp, advantages, mask, clip_low, clip_high, dual_clip, reduce)
     dtype = _check.accumulation_dtype(logp, old_logp, advantages)
     if advantages.dim() < logp.dim():

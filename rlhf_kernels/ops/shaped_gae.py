@@ -1,14 +1,15 @@
 """From sequence scores and log-probs to advantages: KL penalty, score at the last token, GAE, whitening."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlhf_kernels import backend
 from rlhf_kernels.ops import _check
 from rlhf_kernels.ops.gae import gae
-from rlhf_kernels.ops.kl_estimate import kl_estimate
+from rlhf_kernels.ops.kl_estimate import Kind, kl_estimate
 from rlhf_kernels.ops.masked_whiten import masked_whiten
 
 
@@ -30,7 +31,7 @@ def shaped_gae(
     mask: Tensor,
     *,
     beta: float,
-    kind: Literal["k1", "k2", "k3"] = "k1",
+    kind: Kind = "k1",
     gamma: float = 1.0,
     lam: float = 0.95,
     reward_clip: float | None = None,
@@ -66,6 +67,7 @@ def shaped_gae(
     Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", equation 2; Huang et al.
     2024, "The N+ Implementation Details of RLHF with PPO".
     """
+    backend.torch_only("shaped_gae")
     _check_arguments(scores, logp, ref_logp, values, mask, beta, reward_clip)
     dtype = _check.accumulation_dtype(scores, logp, ref_logp, values)
     kl = torch.where(mask, kl_estimate(logp, ref_logp, kind=kind), 0.0).to(dtype)

@@ -59,7 +59,7 @@ def token_logprobs(
         _check_overwritable(logits)
 
     safe_tokens, outside = inside_vocabulary(tokens, logits.shape[-1], mask)
-    rows = _rows.rows_first(logits, tokens.numel())
+    rows = _rows.rows_first(logits)
     columns = (*rows.shape[:-1], 1)
     if isinstance(inverse, Tensor):
         inverse = inverse.reshape(columns)
@@ -205,17 +205,20 @@ def _forward(
     on_cpu = logits.device.type == "cpu"
     own = logits.gather(-1, tokens).to(dtype)
     shift = own if on_cpu else _rows.finite_maximum(logits).to(dtype)
-    total = torch.empty_like(own)
-    entropies = torch.empty_like(own) if entropy else None
+    totals, entropy_columns = [], []
     scratch = _rows.Scratch(logits, dtype)
     entropy_scratch = _rows.Scratch(logits, dtype) if entropy else None
     for tile in _rows.tiles(logits, dtype):
         x = logits[tile]
         z = _rows.shifted(x, shift[tile], _rows.part(inverse, tile), scratch.like(x))
-        if entropies is None or entropy_scratch is None:
-            torch.sum(z.exp_(), -1, keepdim=True, out=total[tile])
+        if entropy_scratch is None:
+            totals.append(z.exp_().sum(-1, keepdim=True))
         else:
-            total[tile], entropies[tile] = _rows.total_and_entropy(z, entropy_scratch.like(z))
+            total, column = _rows.total_and_entropy(z, entropy_scratch.like(z))
+            totals.append(total)
+            entropy_columns.append(column)
+    total = _rows.joined(totals, own)
+    entropies = _rows.joined(entropy_columns, own) if entropy else None
 
     still = masked
     if on_cpu and (total.numel() == 0 or bool(total.max() < _LARGEST_SUM)):

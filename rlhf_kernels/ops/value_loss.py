@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rlhf_kernels import backend
 from rlhf_kernels.ops import _check
 from rlhf_kernels.ops.masked_mean import masked_mean
 
@@ -39,6 +40,7 @@ def value_loss(
     Source: OpenAI's lm-human-preferences and baselines; Huang et al. 2022, "The 37 Implementation Details of
     Proximal Policy Optimization", detail 9.
     """
+    backend.torch_only("value_loss")
     _check.floating(values=values, old_values=old_values, returns=returns)
     _check.same_shape(values=values, old_values=old_values, returns=returns)
     _check.boolean_mask(mask, values.shape)

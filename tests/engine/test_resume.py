@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,9 +119,19 @@ class Killed:
 
 @dataclass
 class Runs:
+    """The runs that the tests look at; they go on in the background until a test asks for one."""
+
     file: Path
-    uninterrupted: Path
-    killed: dict[str, Killed]
+    pending: dict[str, Future[Killed]]
+
+    def killed(self, name: str) -> Killed:
+        return self.pending[name].result()
+
+    @property
+    def uninterrupted(self) -> Path:
+        run = self.pending["uninterrupted"].result()
+        assert run.exits == [0], run.output
+        return run.folder
 
 
 def command(file: Path, folder: Path, kill: str) -> tuple[int, str]:
@@ -146,16 +156,13 @@ def run_with_kills(file: Path, folder: Path, kills: tuple[str, ...]) -> Killed:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     folder = tmp_path_factory.mktemp("resume")
     file = folder / "run.toml"
     file.write_text(RUN_FILE.format(folder=folder / "run", plugin="tests.engine.resume_plugin:TinyData"))
     with ThreadPoolExecutor(2) as pool:
-        killed = {name: pool.submit(run_with_kills, file, folder / name, kills) for name, kills in KILLS.items()}
-        straight = pool.submit(run_with_kills, file, folder / "uninterrupted", ())
-        runs = Runs(file, straight.result().folder, {name: future.result() for name, future in killed.items()})
-    assert straight.result().exits == [0], straight.result().output
-    return runs
+        every = {"uninterrupted": (), **KILLS}
+        yield Runs(file, {n: pool.submit(run_with_kills, file, folder / n, kills) for n, kills in every.items()})
 
 
 # ------------------------------------------------------------------------------------------------------ real kills
@@ -163,7 +170,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.mark.parametrize("name", KILLS)
 def test_a_run_that_was_killed_five_times_ends_with_the_same_bits(runs: Runs, name: str) -> None:
-    killed = runs.killed[name]
+    killed = runs.killed(name)
     assert killed.exits == [*[-signal.SIGKILL] * len(KILLS[name]), 0], killed.output
     assert differences(killed.folder, runs.uninterrupted) == []
 
@@ -177,7 +184,7 @@ def test_what_was_compared_is_all_there(runs: Runs) -> None:
 
 
 def test_the_kills_fell_where_they_should(runs: Runs) -> None:
-    late, early = runs.killed["late"].snapshots, runs.killed["early"].snapshots
+    late, early = runs.killed("late").snapshots, runs.killed("early").snapshots
     assert [latest(s, "pretrain") for s in (late[0], early[0], early[1])] == [3, 0, 0]
     assert [latest(s, "reward") for s in (late[1], early[2])] == [3, 6]
     assert [latest(s, "rl") for s in (*late[2:], *early[3:])] == [12, 18, 21, 3, 3]
@@ -217,7 +224,7 @@ def go_on(runs: Runs, folder: Path, *overrides: str) -> list[str]:
 @pytest.fixture
 def mid_cycle(runs: Runs, tmp_path: Path, one_thread: None) -> Path:
     """A run that was killed between the updates of a PPO cycle."""
-    return Path(shutil.copytree(runs.killed["late"].snapshots[MID_CYCLE], tmp_path / "run"))
+    return Path(shutil.copytree(runs.killed("late").snapshots[MID_CYCLE], tmp_path / "run"))
 
 
 def test_nothing_left_out(runs: Runs, mid_cycle: Path) -> None:
@@ -282,7 +289,7 @@ def test_a_state_part_left_out_is_noticed(
 def test_a_state_part_left_out_of_the_other_stages(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None, stage: str, snapshot: int, part: str
 ) -> None:
-    folder = Path(shutil.copytree(runs.killed["late"].snapshots[snapshot], tmp_path / "run"))
+    folder = Path(shutil.copytree(runs.killed("late").snapshots[snapshot], tmp_path / "run"))
     LEFT_OUT[part](monkeypatch)
     assert f"{stage}/result/model.safetensors" in go_on(runs, folder)
 
@@ -296,9 +303,10 @@ def test_an_interrupt_around_the_last_checkpoint(
             self.save()
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as interrupted:
         interrupted.setattr(resumable.Resumable, "finish", finish)
-        go_on(runs, mid_cycle)
+        with pytest.raises(KeyboardInterrupt):
+            go_on(runs, mid_cycle)
     assert go_on(runs, mid_cycle) == []
 
 

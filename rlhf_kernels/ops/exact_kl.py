@@ -1,0 +1,151 @@
+"""The KL divergence between two distributions over the whole vocabulary."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlhf_kernels import backend
+from rlhf_kernels.ops import _check, _rows
+
+
+def exact_kl(
+    logits_p: Tensor, logits_q: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    """KL(p || q) = sum_j p_j (log p_j - log q_j) per token, with p = softmax(logits_p / temperature), q likewise.
+
+    logits_p and logits_q [..., V] floating, any strides; `temperature` a number or a tensor [...] without gradient;
+    `mask` [...] bool, True = counts: a masked position gives exactly 0 and gets exactly 0 gradient, whatever lies
+    under it. The result has shape [...], in nats, float32 (float64 if an input is). No tensor of the logits' size is
+    made beside the gradients. Both logits get gradients, where they ask for one:
+
+        d KL / d logits_p = p (log p - log q - KL) / temperature,    d KL / d logits_q = (q - p) / temperature
+
+    A logit of -inf has probability 0. Where p is 0 the term is 0, whatever q is. Where q is 0 and p is not, the row's
+    KL is inf. A row of logits_p with nothing but -inf has KL 0. Neither of these two kinds of row sends a gradient. A
+    double backward raises.
+
+    Raises ValueError for shapes that do not match or a temperature that is not positive, TypeError for dtypes.
+    """
+    backend.torch_only("exact_kl")
+    _check.floating(logits_p=logits_p, logits_q=logits_q)
+    _check.same_shape(logits_p=logits_p, logits_q=logits_q)
+    if logits_p.dim() == 0:
+        raise ValueError("logits_p and logits_q have no dimension, expected [..., V]")
+    shape = logits_p.shape[:-1]
+    if mask is not None:
+        _check.boolean_mask(mask, shape)
+    dtype = _check.accumulation_dtype(logits_p, logits_q)
+    inverse = _rows.inverse_temperature(temperature, shape, mask, dtype)
+    if torch.compiler.is_compiling():
+        return _definition(logits_p.to(dtype), logits_q.to(dtype), inverse, mask)
+
+    rows_p, rows_q = _rows.rows_first(logits_p), _rows.rows_first(logits_q)
+    columns = (*rows_p.shape[:-1], 1)
+    if isinstance(inverse, Tensor):
+        inverse = inverse.reshape(columns)
+    masked = None if mask is None else ~mask.reshape(columns)
+    if torch.is_grad_enabled() and (rows_p.requires_grad or rows_q.requires_grad):
+        kl = _ExactKL.apply(rows_p, rows_q, inverse, masked)
+    else:
+        kl = _forward(rows_p, rows_q, inverse, masked)[0]
+    return kl.view(shape)
+
+
+def _definition(p: Tensor, q: Tensor, inverse: float | Tensor | None, mask: Tensor | None) -> Tensor:
+    """The formula in whole-tensor operations, which torch.compile is given to fuse as it likes."""
+    masked = torch.zeros(p.shape[:-1], dtype=torch.bool, device=p.device) if mask is None else ~mask
+    empty, infinite = (column.squeeze(-1) for column in _special_rows(p, q))
+    still = (masked | empty | infinite).unsqueeze(-1)
+    scale = 1.0 if inverse is None else inverse.unsqueeze(-1) if isinstance(inverse, Tensor) else inverse
+    log_p, log_q = (torch.log_softmax(x.masked_fill(still, 0) * scale, -1) for x in (p, q))
+    differences = log_p.masked_fill(log_p == -math.inf, 0) - log_q.masked_fill(log_q == -math.inf, 0)
+    kl = (log_p.exp() * differences).sum(-1)
+    return kl.masked_fill(infinite, math.inf).masked_fill(empty | masked, 0)
+
+
+class _ExactKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, p: Tensor, q: Tensor, inverse: float | Tensor | None, masked: Tensor | None
+    ) -> Tensor:
+        kl, still = _forward(p, q, inverse, masked)
+        ctx.save_for_backward(p, q, kl, still)
+        ctx.inverse = inverse
+        return kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        p, q, kl, still = ctx.saved_tensors
+        dtype = kl.dtype
+        scale = grad if ctx.inverse is None else grad * ctx.inverse
+        grad_p, grad_q = (x.new_empty(x.shape) if asks else None for x, asks in zip((p, q), ctx.needs_input_grad))
+        scratch_p, scratch_q, scratch = (_rows.Scratch(p, dtype) for _ in range(3))
+        for tile in _rows.tiles(p, dtype):
+            inverse = _rows.part(ctx.inverse, tile)
+            log_p = _log_softmax(p[tile], inverse, scratch_p)
+            log_q = _log_softmax(q[tile], inverse, scratch_q)
+            probability = torch.exp(log_p, out=scratch.like(log_p))
+            if grad_p is not None:
+                d = _log_ratio(log_p, log_q).sub_(kl[tile]).mul_(probability).mul_(scale[tile])
+                _write(d, still, tile, grad_p)
+            if grad_q is not None:
+                _write(log_q.exp_().sub_(probability).mul_(scale[tile]), still, tile, grad_q)
+        return grad_p, grad_q, None, None
+
+
+def _forward(
+    p: Tensor, q: Tensor, inverse: float | Tensor | None, masked: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """p and q [A, B, V], masked [A, B, 1] -> KL, and the rows that send no gradient (None: all do), [A, B, 1]."""
+    dtype = _check.accumulation_dtype(p, q)
+    on_cpu = p.device.type == "cpu"
+    kl = torch.empty((*p.shape[:-1], 1), dtype=dtype, device=p.device)
+    still = None if masked is None else masked.clone()
+    scratch_p, scratch_q, scratch = (_rows.Scratch(p, dtype) for _ in range(3))
+    for tile in _rows.tiles(p, dtype):
+        inverse_part = _rows.part(inverse, tile)
+        log_p = _log_softmax(p[tile], inverse_part, scratch_p)
+        log_q = _log_softmax(q[tile], inverse_part, scratch_q)
+        # A CPU may look first whether any row is special; a GPU would have to wait for the answer.
+        possible = on_cpu and bool(log_q.amin() > -math.inf)
+        probability = torch.exp(log_p, out=scratch.like(log_p))
+        column = _log_ratio(log_p, log_q).mul_(probability).sum(-1, keepdim=True)
+        kl[tile] = column
+        if not (possible and bool(column.isfinite().all())):
+            empty, infinite = _special_rows(p[tile], q[tile])
+            kl[tile] = kl[tile].masked_fill(infinite, math.inf).masked_fill(empty, 0)
+            still = torch.zeros_like(kl, dtype=torch.bool) if still is None else still
+            still[tile] |= empty | infinite
+    return (kl if masked is None else kl.masked_fill(masked, 0)), still
+
+
+def _special_rows(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits [..., V], as columns: is the row of p nothing but -inf; is q impossible somewhere where p is not."""
+    empty = p.detach().amax(-1, keepdim=True) == -math.inf
+    infinite = ((q == -math.inf) & (p > -math.inf)).any(-1, keepdim=True)
+    return empty, infinite
+
+
+def _log_softmax(x: Tensor, inverse: float | Tensor | None, scratch: _rows.Scratch) -> Tensor:
+    out = scratch.like(x)
+    if inverse is None and x.dtype == out.dtype:
+        return torch.log_softmax(x, -1, out=out)
+    out.copy_(x)
+    if inverse is not None:
+        out.mul_(inverse)
+    return torch.log_softmax(out, -1, out=out)
+
+
+def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """log p - log q, in the place of log p, finite where either is log 0: p is 0 there, or the row is special."""
+    return log_p.clamp_(min=_rows.SMALLEST_LOG).sub_(log_q).clamp_(max=-_rows.SMALLEST_LOG)
+
+
+def _write(d: Tensor, still: Tensor | None, tile: tuple[slice, slice], gradient: Tensor) -> None:
+    if still is not None:
+        _rows.zero_rows(d, still[tile])
+    gradient[tile] = d
