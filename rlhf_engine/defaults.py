@@ -26,9 +26,10 @@ class Defaults:
         return Loss(value=loss, metrics={"loss": loss.detach()})
 
     @hookimpl(trylast=True)
-    def rlhf_optimizer(self, parameters: Iterable[Any], learning_rate: float) -> Optimizer:
-        # eps 1e-5 rather than torch's 1e-8: it bounds the step where a gradient has been near zero for long.
-        return AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    def rlhf_optimizer(self, parameters: Iterable[Any], learning_rate: float, stage: str) -> Optimizer:
+        # In rl 1e-5 bounds the step where a gradient has been near zero for long (lm-human-preferences).
+        eps = 1e-5 if stage == "rl" else 1e-8
+        return AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
 
     @hookimpl(trylast=True)
     def rlhf_token_rewards(self, scored: Scored) -> Tensor:

@@ -115,8 +115,9 @@ def rlhf_models(run: Run, stage: str, needs: set[str]) -> Models:
 
 
 @_hookspec(firstresult=True)
-def rlhf_optimizer(parameters: Iterable[Any], learning_rate: float) -> Optimizer:
-    """One answer; default AdamW (eps 1e-5, no weight decay). The stage drives the learning rate linearly to 0."""
+def rlhf_optimizer(parameters: Iterable[Any], learning_rate: float, stage: str) -> Optimizer:
+    """One answer; default AdamW without weight decay, eps 1e-5 in the stage `rl` and 1e-8 elsewhere. The stage
+    drives the learning rate linearly to 0."""
     raise NotImplementedError
 
 

@@ -111,7 +111,7 @@ def report() -> Report:
         versions=versions,
         device=_device(),
         mode=mode(),
-        operations={name: answer for name in operations()},
+        operations=dict.fromkeys(operations(), answer),
     )
 
 

@@ -18,12 +18,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, pad
 
-from rlhf_engine import Document, Heads, Loss, Models, Preference, Prompt, Reward, Rollout, hookimpl
+from rlhf_engine import (
+    Batch,
+    Document,
+    Heads,
+    Loss,
+    Models,
+    Preference,
+    Prompt,
+    Reward,
+    Rewarded,
+    Rollout,
+    Scored,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     from rlhf_engine.run import Run
 
-LETTERS = "abcdefgh"
+LETTERS = "abcdefgh "
+WORDS = ("ab", "ba", "cd", "dc", "ad", "bb")
 
 
 class ToyTokenizer:
@@ -73,7 +87,8 @@ class HiddenPolicy(ToyModel):
 
     def __init__(self, seed: int = 0, width: int = 8) -> None:
         super().__init__(seed, width)
-        self.head = nn.Parameter(torch.randn(ToyTokenizer.size, width, generator=torch.Generator().manual_seed(seed)))
+        draws = torch.randn(ToyTokenizer.size, width, generator=torch.Generator().manual_seed(seed))
+        self.head = nn.Parameter(0.3 * draws)  # small, so that it begins with much to choose from
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Heads:
         return Heads(hidden=self.hidden(tokens, mask), weight=self.head)
@@ -141,6 +156,24 @@ def written(prompts: list[str], responses: list[str], *, samples: int = 1) -> Ro
     )
 
 
+def rewarded(rollout: Rollout, **columns: Any) -> Rewarded:
+    """The rollout with the columns up to `Rewarded`: those given, and zeros for the others."""
+    given = {"scores": torch.zeros(len(rollout)), "rewards_by_name": {}, "old_logp": rollout.logp, **columns}
+    rewards = given.pop("rewards", torch.zeros(rollout.mask.shape))
+    return rollout.extend(Scored, **given).extend(Rewarded, rewards=rewards)
+
+
+def learnable(rollout: Rollout, *, advantages: Tensor, returns: Tensor | None = None, **columns: Any) -> Batch:
+    """The rollout as a batch that a loss can read, normalised by its own counts."""
+    return rewarded(rollout, **columns).extend(
+        Batch,
+        advantages=advantages,
+        returns=returns,
+        total_tokens=rollout.mask.sum(),
+        total_sequences=torch.tensor(len(rollout)),
+    )
+
+
 @dataclass(eq=False)
 class Count:
     """The reward: how many of the response's letters are this one."""
@@ -166,7 +199,7 @@ class World:
     def texts(self, seed: str) -> Iterator[str]:
         chosen = random.Random(seed)
         while True:
-            yield "".join(chosen.choices(LETTERS[:4], k=6))
+            yield " ".join(chosen.choices(WORDS, k=3))
 
     @hookimpl
     def rlhf_documents(self, run: Run) -> Iterator[Document]:
@@ -225,5 +258,7 @@ def run_file(folder: Path, **tables: dict[str, Any]) -> Path:
 
 
 def _toml(name: str, table: dict[str, Any]) -> str:
-    lines = [f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}" for key, value in table.items()]
+    lines = [
+        f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}" for key, value in table.items()
+    ]
     return "\n".join([f"[{name}]", *lines, "", ""])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from rlhf_engine import Batch, Loss, Output, Rewarded, hookimpl
 from rlhf_kernels import Advantages, group_advantages, kl_estimate, masked_mean, policy_loss
@@ -19,18 +21,18 @@ class GRPO:
     reduce = "constant".
     """
 
-    clip: float = 0.2
+    clip: Annotated[float, Field(ge=0, le=1)] = 0.2
     """the probability ratio is clipped to [1 - clip, ...]"""
-    clip_high: float | None = None
+    clip_high: NonNegativeFloat | None = None
     """[..., 1 + clip_high]; not given: the same as `clip`"""
     scale: Literal["std", "none"] = "std"
     """divide a group's scores by their unbiased standard deviation + 1e-4, or leave them as they are"""
     reduce: Literal["sequences", "tokens", "constant"] = "sequences"
     """"sequences": mean over each response, then over responses; "tokens": mean over all tokens; "constant": sum over
     all tokens, divided by the number of responses times `max_length`"""
-    max_length: int = 0
+    max_length: NonNegativeInt = 0
     """for reduce = "constant": the longest response there can be, in tokens"""
-    kl_coefficient: float = 0.0
+    kl_coefficient: NonNegativeFloat = 0.0
     """weight of the k3 estimate of the KL to the reference, whose gradient follows KL(reference || policy)"""
 
     def __post_init__(self) -> None:

@@ -20,6 +20,8 @@ class _RoomyLayer(DynamicLayer):
 
     def __init__(self, filled: DynamicLayer, extra: int) -> None:
         super().__init__()
+        assert filled.keys is not None
+        assert filled.values is not None
         self.dtype, self.device, self.is_initialized = filled.dtype, filled.device, True
         self.keys, self.values = filled.keys, filled.values
         self.all_keys, self.all_values = pad(filled.keys, (0, 0, 0, extra)), pad(filled.values, (0, 0, 0, extra))

@@ -90,6 +90,7 @@ class HFPolicy(nn.Module):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         heads = self._heads(hidden)
+        assert heads.weight is not None
         logits = linear(hidden, heads.weight, heads.bias).float()
         return logits if heads.softcap is None else torch.tanh(logits / heads.softcap) * heads.softcap
 
@@ -110,6 +111,6 @@ class HFPolicy(nn.Module):
             if not error <= 1e-3 * theirs.abs().max():
                 raise ValueError(
                     f"{type(self.model).__name__} differs from what this policy assumes by {float(error):.3g} nats: "
-                    "logits = softcap(hidden @ weight.T + bias), no effect of left padding, a key-value cache. "
-                    "The architecture needs a policy of its own (see rlhf_engine.models.Policy)"
+                    "logits = softcap(hidden @ weight.T + bias), no dropout, no effect of left padding, a key-value "
+                    "cache. The architecture needs a policy of its own (see rlhf_engine.models.Policy)"
                 )

@@ -24,12 +24,18 @@ class HFScalar(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.out_features != 1:
-            raise ValueError(
-                f"{type(model).__name__} has no linear `score` head with one output: reward and value models need a "
-                "causal architecture with a sequence classifier (Llama, Qwen2, Gemma2, GPT-2 and the like)"
-            )
         self.model = model
+        self.require_head()
+
+    def require_head(self) -> nn.Linear:
+        """The linear layer with one output; raises ValueError if the model has none."""
+        head = getattr(self.model, "score", None)
+        if isinstance(head, nn.Linear) and head.out_features == 1:
+            return head
+        raise ValueError(
+            f"{type(self.model).__name__} has no linear `score` head with one output: reward and value models need a "
+            "causal architecture with a sequence classifier (Llama, Qwen2, Gemma2, GPT-2 and the like)"
+        )
 
     @classmethod
     def load_folder(cls, folder: Path | str) -> HFScalar:
@@ -43,7 +49,7 @@ class HFScalar(nn.Module):
         config.num_labels = 1
         config.pad_token_id = config.get_text_config().pad_token_id = pad_id
         scalar = cls(read_model(AutoModelForSequenceClassification, folder, config, fresh=(HEAD,)))
-        nn.init.zeros_(scalar.model.score.weight)
+        nn.init.zeros_(scalar.require_head().weight)
         return scalar
 
     def initialise_reward_head(self, seed: int) -> None:
@@ -51,14 +57,14 @@ class HFScalar(nn.Module):
 
         That makes the first scores of order 1. A value head stays at 0 instead.
         """
-        weight = self.model.score.weight
+        weight = self.require_head().weight
         draws = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             weight.copy_(draws / (weight.shape[1] + 1) ** 0.5)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """One fp32 number per position `[B, L]` for `tokens` `[B, L]` int64 and `mask` `[B, L]` bool."""
-        return self.model.score(hidden_states(self.model, tokens, mask)).squeeze(-1).float()
+        return self.require_head()(hidden_states(self.model, tokens, mask)).squeeze(-1).float()
 
     def save(self, folder: Path) -> None:
         """Write a folder that `AutoModelForSequenceClassification.from_pretrained` opens."""

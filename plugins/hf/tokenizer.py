@@ -112,9 +112,9 @@ class HFTokenizer:
 
     def decode(self, tokens: list[list[int]]) -> list[str]:
         """The text of each row, without special tokens."""
-        return [
-            self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in tokens
-        ]
+        if not tokens:
+            return []
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def save(self, folder: Path) -> None:
         """Write the files that `AutoTokenizer.from_pretrained` opens."""

@@ -14,6 +14,7 @@ import numpy as np
 from rlhf_engine import Preference, hookimpl
 from rlhf_engine.run import Run
 from rlhf_engine.split import normalise, part
+
 from .ratings import FILES, RatedTexts, read_ratings
 
 __all__ = ["HumanRatings"]

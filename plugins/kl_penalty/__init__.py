@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from rlhf_engine import Scored, hookimpl
@@ -21,16 +22,17 @@ class KLPenalty:
     """reward_t -= beta * kl_t at every counted token; with a `target`, beta follows the measured KL.
 
     The KL that beta follows is that of whole sequences: the sum over a response's tokens, in nats, averaged
-    over responses (not a mean per token, which is smaller by the response's length).
+    over responses (not a mean per token, which is smaller by the response's length). The rl stage measures it at
+    the end of every step; a loop of your own calls `adapt(kl, episodes)`.
     """
 
-    beta: float = 0.05
+    beta: NonNegativeFloat = 0.05
     """the coefficient, or where it starts"""
     kind: Literal["k1", "k2", "k3"] = "k1"
     """the estimator: k1 is logp - ref_logp"""
-    target: float | None = None
+    target: PositiveFloat | None = None
     """nats per sequence that an adaptive beta steers towards; not given: beta stays fixed"""
-    horizon: float = 10_000.0
+    horizon: PositiveFloat = 10_000.0
     """episodes over which an adaptive beta reacts"""
 
     @hookimpl

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from rlhf_engine import Document, Prompt, hookimpl
 from rlhf_engine.split import normalise, part
+
 from .reviews import Review, read_installed, read_own
 
 __all__ = ["MovieReviews"]

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from rlhf_engine import Batch, Loss, Output, Rewarded, hookimpl
 from rlhf_kernels import Advantages, gae, masked_mean, policy_loss, value_loss
 
 __all__ = ["PPO"]
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
 
 @dataclass(eq=False)
 class PPO:
     """Clipped policy and value losses, means over the tokens of the whole optimizer step."""
 
-    clip: float = 0.2
+    clip: Share = 0.2
     """the probability ratio is clipped to [1 - clip, 1 + clip]"""
-    value_clip: float = 0.2
+    value_clip: PositiveFloat = 0.2
     """a new value is clipped to within this of the old one"""
-    value_coefficient: float = 0.1
+    value_coefficient: NonNegativeFloat = 0.1
     """weight of the value loss"""
     entropy_coefficient: float = 0.0
     """weight of an entropy bonus"""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """discount per token"""
-    lam: float = 0.95
+    lam: Share = 0.95
     """GAE's lambda"""
 
     @hookimpl

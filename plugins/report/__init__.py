@@ -191,7 +191,8 @@ def print_table(rows: list[Row], answers: list[dict[str, str]]) -> None:
     )
     for row in rows:
         colour = "green" if row.met else "red"
-        table.add_row(row.what, row.reached, row.beside, row.wanted, f"[{colour}]{verdict(row)}")
+        cells = map(escape, (row.what, row.reached, row.beside, row.wanted))
+        table.add_row(*cells, f"[{colour}]{verdict(row)}")
     console.print(table)
     for answer in answers:
         console.print(f"\n[bold]{escape(answer['prompt'])}")

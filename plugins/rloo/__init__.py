@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from rlhf_engine import Batch, Loss, Output, Rewarded, hookimpl
 from rlhf_kernels import Advantages, leave_one_out, policy_loss
@@ -14,7 +17,7 @@ __all__ = ["RLOO"]
 class RLOO:
     """Each response against the mean of the others of its group; the whole response is one action."""
 
-    clip: float = 0.2
+    clip: Annotated[float, Field(ge=0, le=1)] = 0.2
     """the ratio of whole responses is clipped to [1 - clip, 1 + clip]; it only matters after the first step"""
 
     @hookimpl

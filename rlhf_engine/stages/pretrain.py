@@ -52,7 +52,9 @@ class Pretrain:
     def work(self, run: Run) -> Path:
         models = run.hook.rlhf_models(run=run, stage="pretrain", needs=set())
         policy: Any = models.policy
-        optimizer = run.hook.rlhf_optimizer(parameters=policy.parameters(), learning_rate=self.learning_rate)
+        optimizer = run.hook.rlhf_optimizer(
+            parameters=policy.parameters(), learning_rate=self.learning_rate, stage="pretrain"
+        )
         state = Resumable(
             run,
             "pretrain",

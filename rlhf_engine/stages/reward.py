@@ -47,7 +47,9 @@ class RewardModel:
     def work(self, run: Run) -> Path:
         models = run.hook.rlhf_models(run=run, stage="reward", needs=set())
         model: Any = models.reward_model
-        optimizer = run.hook.rlhf_optimizer(parameters=model.parameters(), learning_rate=self.learning_rate)
+        optimizer = run.hook.rlhf_optimizer(
+            parameters=model.parameters(), learning_rate=self.learning_rate, stage="reward"
+        )
         state = Resumable(
             run,
             "reward",

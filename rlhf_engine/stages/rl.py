@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from rlhf_engine.batch import Batch, Prompt, Rollout, Scored
-from rlhf_engine.checkpoint import folder_hash
+from rlhf_engine.checkpoint import folder_hash, load_rng, rng_state
 from rlhf_engine.engine import Engine, combine, needs, refuse_single_samples
 from rlhf_engine.hookspecs import Stage, hookimpl
 from rlhf_engine.models import Models
@@ -21,6 +21,8 @@ from rlhf_engine.stages.resumable import Resumable, linear_to_zero
 from rlhf_kernels import kl_estimate, masked_mean
 
 __all__ = ["RL"]
+
+ROUNDING = 1e-4  # nats per token
 
 
 @dataclass(eq=False)
@@ -112,7 +114,9 @@ class RL:
         )
 
     def _state(self, run: Run, engine: Engine) -> Resumable:
-        optimizer = run.hook.rlhf_optimizer(parameters=engine.parameters(), learning_rate=self.learning_rate)
+        optimizer = run.hook.rlhf_optimizer(
+            parameters=engine.parameters(), learning_rate=self.learning_rate, stage="rl"
+        )
         trained: dict[str, Any] = {"policy": engine.models.policy}
         if "values" in engine.needs:
             trained["critic"] = engine.models.critic
@@ -172,11 +176,11 @@ def refuse_unanswerable(models: Models, prompts: list[Prompt], response_length: 
 @torch.no_grad()
 def evaluate(engine: Engine, prompts: list[Prompt], *, seed: int) -> dict[str, Any]:
     """Answer prompts, and say how the rewards judge the answers. Leaves the run's random numbers as they were."""
-    device = engine.models.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        rollout = engine.generate(prompts, samples_per_prompt=1)
+    before = rng_state()
+    torch.manual_seed(seed)
+    rollout = engine.generate(prompts, samples_per_prompt=1)
     scored = engine.score(rollout, prompts)
+    load_rng(before)
 
     def judged(values: Tensor, weight: float) -> dict[str, float]:
         values = values[~values.isnan()]  # a metric may abstain on some
@@ -218,11 +222,16 @@ def sequence_metrics(scored: Scored) -> dict[str, float]:
 
 def step_metrics(engine: Engine, batch: Batch, updates: list[dict[str, float]]) -> dict[str, Any]:
     """Everything there is to log of one cycle: its experience, its updates together, and a few samples."""
-    warn_if_off_policy(engine, updates[0])
+    first = updates[0].get("approx_kl", 0.0)
+    sampler = float(masked_mean(kl_estimate(batch.logp, batch.old_logp, kind="k3"), batch.mask))
+    # Both sides of the first come from one forward if "old_logp" is needed; a sampler's arithmetic may differ.
+    warn_if_off_policy(first, 0.0 if "old_logp" in engine.needs else ROUNDING, "the first minibatch of a cycle")
+    warn_if_off_policy(sampler, ROUNDING, "the sampler")
     return {
         **rollout_metrics(batch),
         **combine([(1, update) for update in updates]),
-        "first_approx_kl": updates[0].get("approx_kl", 0.0),
+        "first_approx_kl": first,
+        "sampler_kl": sampler,
         "samples": samples(engine, batch[:3]),
     }
 
@@ -248,17 +257,13 @@ def rollout_metrics(batch: Batch) -> dict[str, float]:
     }
 
 
-def warn_if_off_policy(engine: Engine, metrics: dict[str, float]) -> None:
-    """Before any update of a cycle the policy is the sampler: its ratio is 1 and its KL 0, or something is off.
-
-    With "old_logp" needed both sides come from the same forward and the KL is exactly 0; otherwise the sampler's
-    log-probs may differ by rounding.
-    """
-    allowed = 0.0 if "old_logp" in engine.needs else 1e-4
-    if not metrics.get("approx_kl", 0.0) <= allowed:
+def warn_if_off_policy(kl: float, allowed: float, whose: str) -> None:
+    """Before any update of a cycle the policy is the sampler: the KL between them is 0, or something is off."""
+    if not kl <= allowed:
         log.warning(
-            "the first minibatch of a cycle has an approximate KL of %.3g (allowed: %g): the sampler and the loss "
-            "disagree about log-probs. Look for dropout, another temperature, or weights changed in between.",
-            metrics["approx_kl"],
+            "%s has an approximate KL of %.3g nats per token from the policy (allowed: %g): the two disagree about "
+            "log-probs. Look for dropout, another temperature, or weights changed in between.",
+            whose,
+            kl,
             allowed,
         )

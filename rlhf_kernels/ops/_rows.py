@@ -39,7 +39,7 @@ def tiles(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
             yield slice(first, first + step), slice(second, second + rows)
 
 
-def part(value: Any, tile: tuple[slice, slice]) -> Any:
+def part(value: Any, tile: slice | tuple[slice | Tensor, slice | Tensor]) -> Any:
     """The part of a per-row tensor that belongs to a tile; a number or None belongs to every tile."""
     return value[tile] if isinstance(value, Tensor) else value
 
@@ -104,7 +104,7 @@ def inverse_temperature(
     because looking would make the host wait), that has a wrong shape, or that asks for a gradient.
     """
     if not isinstance(temperature, Tensor):
-        if not (temperature > 0 and math.isfinite(temperature)):
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         return None if temperature == 1 else 1 / temperature
     if temperature.requires_grad:

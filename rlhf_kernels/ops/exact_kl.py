@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlhf_kernels import backend
-from rlhf_kernels.ops import _check, _rows
+from rlhf_kernels.ops import _autograd, _check, _rows
 
 
 def exact_kl(
@@ -68,21 +67,21 @@ def _definition(p: Tensor, q: Tensor, inverse: float | Tensor | None, mask: Tens
 
 class _ExactKL(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, p: Tensor, q: Tensor, inverse: float | Tensor | None, masked: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, p: Tensor, q: Tensor, inverse: float | Tensor | None, masked: Tensor | None) -> Tensor:
         kl, still = _forward(p, q, inverse, masked)
         ctx.save_for_backward(p, q, kl, still)
         ctx.inverse = inverse
         return kl
 
     @staticmethod
-    @once_differentiable
+    @_autograd.differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         p, q, kl, still = ctx.saved_tensors
         dtype = kl.dtype
         scale = grad if ctx.inverse is None else grad * ctx.inverse
-        grad_p, grad_q = (x.new_empty(x.shape) if asks else None for x, asks in zip((p, q), ctx.needs_input_grad))
+        asks_p, asks_q, *_ = ctx.needs_input_grad
+        grad_p = p.new_empty(p.shape) if asks_p else None
+        grad_q = q.new_empty(q.shape) if asks_q else None
         scratch_p, scratch_q, scratch = (_rows.Scratch(p, dtype) for _ in range(3))
         for tile in _rows.tiles(p, dtype):
             inverse = _rows.part(ctx.inverse, tile)

@@ -99,9 +99,9 @@ def _look_at(mask: Tensor) -> tuple[bool, bool]:
     """Whether every token counts, and whether in every row nothing counts after a masked position."""
     if mask.device.type != "cpu" or torch.compiler.is_compiling():
         return False, False  # to look would wait for the device or break the graph; packing is right for any mask
-    if int(mask.count_nonzero()) == mask.numel():
+    if mask.numel() == 0 or mask.view(torch.uint8).min():
         return True, True
-    return False, int((mask[:, 1:] > mask[:, :-1]).count_nonzero()) == 0
+    return False, not (mask[:, 1:] > mask[:, :-1]).view(torch.uint8).any()
 
 
 def _zero_masked(x: Tensor, bits: Tensor) -> Tensor:

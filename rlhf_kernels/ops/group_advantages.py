@@ -73,7 +73,7 @@ def centre_groups(scores: Tensor, groups: Tensor) -> CentredGroups:
     if scores.dim() != 1:
         raise ValueError(f"scores must be [B], one per sequence, got shape {list(scores.shape)}")
     _check.same_shape(scores=scores, groups=groups)
-    ordered, order = groups.sort(stable=True)
+    ordered, order = groups.sort()
     number = torch.zeros_like(order)
     number[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
     group = torch.empty_like(order).scatter_(0, order, number)

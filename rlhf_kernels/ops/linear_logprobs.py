@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlhf_kernels import backend
-from rlhf_kernels.ops import _check, _rows
+from rlhf_kernels.ops import _autograd, _check, _rows
 from rlhf_kernels.ops.token_logprobs import LogProbs, definition, inside_vocabulary
 
 # Up to this size the exponentials of all logits are kept for the backward pass; larger ones are computed again.
@@ -44,7 +43,9 @@ def linear_logprobs(
     on a CPU it costs no arithmetic. `entropy=True` adds the entropy, which is differentiable too.
 
     Results are in nats, shape [...], float32 (float64 if an input is). Gradients reach hidden, weight and bias, those
-    that ask for one, and are accumulated in float32. A double backward raises. Under torch.compile the logits exist.
+    that ask for one, and are accumulated in float32. A logit of -inf (by the bias) has probability 0; a row of nothing
+    but -inf gives logp -inf, entropy 0 and gradient 0. On a CPU the matrix product may round a row differently when
+    the number of counted rows changes. A double backward raises. Under torch.compile the logits do exist.
 
     Raises IndexError for a counted token outside [0, V) on a CPU (on a GPU, and under torch.compile, its logp is
     NaN); ValueError for shapes that do not match, a temperature or softcap that is not positive; TypeError for dtypes.
@@ -54,7 +55,9 @@ def linear_logprobs(
     dtype = _check.accumulation_dtype(hidden, weight)
     inverse = _rows.inverse_temperature(temperature, tokens.shape, mask, dtype)
     if torch.compiler.is_compiling():
-        logits = torch.nn.functional.linear(*(x if x is None else x.to(dtype) for x in (hidden, weight, bias)))
+        logits = hidden.to(dtype) @ weight.to(dtype).t()
+        if bias is not None:
+            logits = logits + bias.to(dtype)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         return definition(logits, tokens, inverse, mask, entropy)
@@ -134,8 +137,9 @@ class _Head:
         return max(_FEWEST_TILE_ROWS, _TILE_BYTES // (self.weight.dtype.itemsize * max(1, self.weight.shape[0])))
 
     def tiles(self, rows: int) -> Iterator[slice]:
-        size = self.tile_rows()
-        return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
+        """Equal tiles: a product of a few left-over rows would be slow, and round differently."""
+        count = max(1, math.ceil(rows / self.tile_rows()))
+        return (slice(i * rows // count, (i + 1) * rows // count) for i in range(count))
 
     def scratch(self, rows: int) -> Tensor:
         """Memory for one tile."""
@@ -216,7 +220,7 @@ class _LinearLogProbs(torch.autograd.Function):
         return logp, entropies
 
     @staticmethod
-    @once_differentiable
+    @_autograd.differentiable_once
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         """With d the gradient of the logits, that of hidden is d weight, of weight d^T hidden, of bias the sum of d:
 
@@ -283,9 +287,7 @@ def _differences(saved: _Saved, head: _Head) -> Iterator[tuple[slice, Tensor]]:
         yield tile, exponentials.scatter_add_(-1, saved.tokens[tile], -saved.total[tile])
 
 
-def _logit_gradients(
-    saved: _Saved, head: _Head, g: Tensor | None, h: Tensor | None
-) -> Iterator[tuple[slice, Tensor]]:
+def _logit_gradients(saved: _Saved, head: _Head, g: Tensor | None, h: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """g * (onehot - p) - h * p * (log p + entropy), times the derivative of the softcap, by tiles."""
     rows = saved.tokens.shape[0]
     g = torch.zeros_like(saved.total) if g is None else g
@@ -305,9 +307,7 @@ def _logit_gradients(
         yield tile, d
 
 
-def _exponentials(
-    saved: _Saved, head: _Head, tile: slice, scratch: Tensor, tanh: Tensor | None = None
-) -> Tensor:
+def _exponentials(saved: _Saved, head: _Head, tile: slice, scratch: Tensor, tanh: Tensor | None = None) -> Tensor:
     """exp(z - maximum) of one tile, in scratch: from what was kept, or from the product again."""
     scratch = scratch[: tile.stop - tile.start]
     if saved.kept is not None:

@@ -26,17 +26,15 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     """`policy_loss` of the log-probs that `linear_logprobs` gives: the logits are never held, only tiles of them.
 
-    hidden, weight, tokens, bias, temperature and softcap are those of `linear_logprobs`; old_logp, advantages, clip_low,
-    clip_high, dual_clip, reduce and normalizer those of `policy_loss`; `mask` is both's. The errors are theirs too.
-    Gradients reach hidden, weight and bias.
+    hidden, weight, tokens, bias, temperature and softcap are those of `linear_logprobs`; old_logp, advantages,
+    clip_low, clip_high, dual_clip, reduce and normalizer those of `policy_loss`; `mask` is both's. The errors are
+    theirs too. Gradients reach hidden, weight and bias.
 
     This version composes the two. Computing the gradients inside the forward pass, and leaving out of every matrix
     product the rows that a zero advantage or the clip stops, is the fused kernel's work and comes with it.
     """
     backend.torch_only("linear_policy_loss")
-    logp = linear_logprobs(
-        hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap, mask=mask
-    ).logp
+    logp = linear_logprobs(hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap, mask=mask).logp
     return policy_loss(
         logp,
         old_logp,

@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlhf_kernels import backend
-from rlhf_kernels.ops import _check, _rows
+from rlhf_kernels.ops import _autograd, _check, _rows
 
 # A sum of exp(x - x[token]) beyond this (a log-probability under -69) is taken again from the row's maximum.
 _LARGEST_SUM = 1e30
@@ -44,7 +43,8 @@ def token_logprobs(
     no other row.
 
     `inplace_backward=True` writes the gradient over the logits' storage: use it where nobody reads the logits after
-    the backward pass. A second backward then raises. A double backward always raises.
+    the backward pass. A second backward then raises. (Under torch.compile it changes nothing: the compiler plans the
+    memory.) A double backward always raises.
 
     Raises IndexError for a counted token outside [0, V) on a CPU (on a GPU, and under torch.compile, its logp is
     NaN); ValueError for shapes that do not match or a temperature that is not positive; TypeError for wrong dtypes.
@@ -149,7 +149,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return logp, entropies
 
     @staticmethod
-    @once_differentiable
+    @_autograd.differentiable_once
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         """(g * (onehot - p) - h * p * (log p + entropy)) / temperature, with g = grad_logp, h = grad_entropy."""
         if ctx.spent:

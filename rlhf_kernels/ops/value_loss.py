@@ -47,9 +47,9 @@ def value_loss(
     if not clip > 0:
         raise ValueError(f"clip must be positive, got {clip}")
     dtype = _check.accumulation_dtype(values, old_values, returns)
-    # Zeros before the squares: a gradient of 0 through the square of an inf would be NaN.
+    # In front of the squares `where` also stops what comes back under the mask: 0 * inf from a junk return.
     values = torch.where(mask, values.to(dtype), 0.0)
-    old_values, returns = (torch.where(mask, x.detach().to(dtype), 0.0) for x in (old_values, returns))
+    old_values, returns = old_values.detach().to(dtype), returns.detach().to(dtype)
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     worse = torch.maximum((values - returns).square(), (clipped - returns).square())
     return 0.5 * masked_mean(worse, mask, normalizer=normalizer)

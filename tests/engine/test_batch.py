@@ -37,7 +37,7 @@ def columns(rows: Rollout) -> dict[str, Tensor]:
     """All row-wise columns, those in dicts too."""
     found = {}
     for name, column in rows.items():
-        for key, value in (column.items() if isinstance(column, dict) else [("", column)]):
+        for key, value in column.items() if isinstance(column, dict) else [("", column)]:
             if isinstance(value, Tensor) and value.dim():
                 found[f"{name}/{key}"] = value
     return found

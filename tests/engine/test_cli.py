@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich
+from rich.console import Console
 
 from rlhf_engine import Document, hookimpl
 from rlhf_engine import cli, run as run_module
@@ -38,7 +40,7 @@ def rlhf(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         said = capsys.readouterr()
         return int(caught.value.code or 0), said.out, said.err
 
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(rich, "_console", Console(width=200))
     yield call
     log.handlers[:] = handlers
     log.setLevel(level)
@@ -86,8 +88,7 @@ def test_the_same_command_runs_and_then_finds_everything_done(rlhf: Rlhf, tmp_pa
 def test_the_module_is_the_command(tmp_path: Path) -> None:
     """And a plugin by path may stand in the folder where the command is given."""
     (tmp_path / "my_reward.py").write_text(
-        "from rlhf_engine import Reward, hookimpl\n"
-        "class Mine:\n    @hookimpl\n    def rlhf_reward(self, texts): ...\n"
+        "from rlhf_engine import Reward, hookimpl\nclass Mine:\n    @hookimpl\n    def rlhf_reward(self, texts): ...\n"
     )
     path = run_file(tmp_path, run={"stages": ["rl"], "plugins": ["tests.toys:World", "grpo", "my_reward:Mine"]})
     command = [sys.executable, "-m", "rlhf_engine", "plugins", str(path)]
@@ -114,7 +115,10 @@ def test_it_says_how_to_use_it(rlhf: Rlhf) -> None:
         ({"run": {"stages": ["rl"], "sed": 1}}, "run.toml: [run]: unknown key 'sed'. Did you mean \"seed\"?"),
         ({"grpo": {"clip": "wide"}}, "[grpo]: clip = 'wide': Input should be a valid number"),
         ({"run": {"plugins": ["grop"]}}, 'no plugin named "grop" is installed. Did you mean "grpo"?'),
-        ({"run": {"plugins": ["tests.toys:World", "ppo", "grpo"]}}, "takes one answer, and ppo and grpo both answer it"),
+        (
+            {"run": {"plugins": ["tests.toys:World", "ppo", "grpo"]}},
+            "takes one answer, and ppo and grpo both answer it",
+        ),
     ],
 )
 def test_an_error_in_the_run_file_is_one_message_and_leaves_nothing(

@@ -59,7 +59,10 @@ def test_a_sound_file_is_read(tmp_path: Path) -> None:
         ('[run]\nfolder = "x"\nstages = ["rl"]\nstages = ["rl"]', "not valid TOML"),
         ("seed = 1\n" + SOUND, "'seed' stands outside any table; did you mean [run]?"),
         ("", "[run]: the key 'folder' is missing (str); the key 'stages' is missing (list[str])"),
-        (SOUND.replace("folder", "folde"), "unknown key 'folde'. Did you mean \"folder\"? Allowed: folder: str, stages:"),
+        (
+            SOUND.replace("folder", "folde"),
+            "unknown key 'folde'. Did you mean \"folder\"? Allowed: folder: str, stages:",
+        ),
         (SOUND.replace('"runs/x"', '""'), "folder = '': String should have at least 1 character"),
         (SOUND.replace('["rl"]', "[]"), "stages = []: List should have at least 1 item"),
         (SOUND.replace('["rl"]', '"rl"'), "stages = 'rl': Input should be a valid array"),
@@ -174,7 +177,10 @@ def test_what_a_table_leaves_out_keeps_the_plugins_own_default() -> None:
 @pytest.mark.parametrize(
     ("table", "wanted"),
     [
-        ({"rat": 1.0}, "unknown key 'rat'. Did you mean \"rate\"? Allowed: count: int, rate: float, bound: float | None"),
+        (
+            {"rat": 1.0},
+            "unknown key 'rat'. Did you mean \"rate\"? Allowed: count: int, rate: float, bound: float | None",
+        ),
         ({"zzz": 1}, "unknown key 'zzz'. Allowed: count: int"),
         ({"made": 1}, "unknown key 'made'"),
         ({"rate": "0.1"}, "rate = '0.1': Input should be a valid number"),

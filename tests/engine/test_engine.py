@@ -548,7 +548,9 @@ def test_what_is_trained() -> None:
     with_critic = engine(PPO(), Count(), models=models).parameters()
     assert set(with_critic) == {*models.policy.parameters(), *models.critic.parameters()}
     models.policy.embedding.requires_grad_(False)
-    assert set(with_critic) - set(engine(PPO(), Count(), models=models).parameters()) == {models.policy.embedding.weight}
+    assert set(with_critic) - set(engine(PPO(), Count(), models=models).parameters()) == {
+        models.policy.embedding.weight
+    }
     models.critic.embedding = models.policy.embedding.requires_grad_(True)  # a shared trunk is trained once
     shared = engine(PPO(), Count(), models=models).parameters()
     assert len(shared) == len({id(parameter) for parameter in shared}) == len(with_critic) - 1

@@ -22,7 +22,7 @@ CONTRACT = {
     "rlhf_preferences": (ONE, ("run", "split", "epoch")),
     "rlhf_prompts": (ONE, ("run",)),
     "rlhf_models": (ONE, ("run", "stage", "needs")),
-    "rlhf_optimizer": (ONE, ("parameters", "learning_rate")),
+    "rlhf_optimizer": (ONE, ("parameters", "learning_rate", "stage")),
     "rlhf_lm_loss": (ONE, ("output", "mask")),
     "rlhf_preference_loss": (ONE, ("chosen", "rejected", "strength")),
     "rlhf_generate": (ONE, ("models", "prompts", "temperature", "response_length")),

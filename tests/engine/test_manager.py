@@ -55,7 +55,9 @@ def test_managers_share_nothing() -> None:
 
 
 def test_a_name_that_is_not_installed_is_refused_with_the_nearest_one() -> None:
-    with pytest.raises(PluginError, match=r'no plugin named "pppo" is installed. Did you mean "ppo"\? Installed: .*rloo'):
+    with pytest.raises(
+        PluginError, match=r'no plugin named "pppo" is installed. Did you mean "ppo"\? Installed: .*rloo'
+    ):
         load("pppo")
 
 
@@ -236,7 +238,10 @@ def test_the_engine_refuses_all_this_at_construction() -> None:
 @pytest.mark.parametrize(
     ("table", "wanted"),
     [
-        ({"clp": 0.1}, "[grpo]: unknown key 'clp'. Did you mean \"clip\"? Allowed: clip: float, clip_high: float | None"),
+        (
+            {"clp": 0.1},
+            "[grpo]: unknown key 'clp'. Did you mean \"clip\"? Allowed: clip: float, clip_high: float | None",
+        ),
         ({"clip": "wide"}, "[grpo]: clip = 'wide': Input should be a valid number"),
         ({"scale": "variance"}, "[grpo]: scale = 'variance': Input should be 'std' or 'none'"),
         ({"reduce": "constant"}, '[grpo]: reduce = "constant" and max_length (at least 1) go together'),
@@ -419,5 +424,7 @@ class Brings:
 
 def test_stages_are_found_by_name_and_one_name_is_brought_once() -> None:
     assert set(stages_of(manager([Brings("sft", "dpo"), Brings("distil"), World()]))) == {"sft", "dpo", "distil"}
-    with pytest.raises(PluginError, match='Brings 2 and Brings both bring a stage named "dpo"|Brings and Brings 2 both'):
+    with pytest.raises(
+        PluginError, match='Brings 2 and Brings both bring a stage named "dpo"|Brings and Brings 2 both'
+    ):
         stages_of(manager([Brings("sft", "dpo"), Brings("dpo")]))

@@ -30,7 +30,10 @@ def load(folder: Path, **tables: dict[str, Any]) -> Run:
 
 
 def with_plugins(*names: str, stages: tuple[str, ...] = ("rl",)) -> dict[str, Any]:
-    return {"stages": list(stages), "plugins": [name if ":" in name or name.islower() else here(name) for name in names]}
+    return {
+        "stages": list(stages),
+        "plugins": [name if ":" in name or name.islower() else here(name) for name in names],
+    }
 
 
 def here(name: str) -> str:
@@ -203,9 +206,7 @@ def test_a_stage_of_ones_own_is_named_by_the_stage_and_its_plugin_by_path(tmp_pa
 
 
 def test_a_stage_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
-    run = load(
-        tmp_path, run=with_plugins("tests.toys:World", "Distil", stages=("distil",)), Distil={"forgets": True}
-    )
+    run = load(tmp_path, run=with_plugins("tests.toys:World", "Distil", stages=("distil",)), Distil={"forgets": True})
     with pytest.raises(PluginError, match=r"the stage distil left no folder .*out/distil/result; it must"):
         run.execute()
 
@@ -282,9 +283,7 @@ class Faulty(World):
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-@pytest.mark.parametrize(
-    ("stage", "what"), [("pretrain", "document"), ("reward", "preference"), ("rl", "prompt")]
-)
+@pytest.mark.parametrize(("stage", "what"), [("pretrain", "document"), ("reward", "preference"), ("rl", "prompt")])
 def test_a_stage_without_data_of_a_split_says_so(tmp_path: Path, stage: str, what: str, split: str) -> None:
     plugins = with_plugins("Faulty", "tests.toys:Count", "grpo", stages=(stage,))
     with pytest.raises(ValueError, match=f'rlhf_{what}s gave no {what} of the split "{split}"'):
@@ -295,7 +294,10 @@ def test_a_stage_without_data_of_a_split_says_so(tmp_path: Path, stage: str, wha
     ("prompts", "wanted"),
     [
         (["ab", "", "c"], "rlhf_prompts gave a prompt without tokens, '': there is nothing to continue. Leave empty"),
-        (["ab", "abcd"], "a prompt of 4 tokens, and with response_length = 4 it is longer than the policy's context of 7"),
+        (
+            ["ab", "abcd"],
+            "a prompt of 4 tokens, and with response_length = 4 it is longer than the policy's context of 7",
+        ),
     ],
 )
 def test_a_prompt_that_cannot_be_answered_is_refused_before_any_step(

@@ -162,6 +162,8 @@ def test_a_ratio_that_overflows_is_harmless_where_it_is_clipped_or_weighs_nothin
     loss.backward()
     assert loss.item() == pytest.approx((-1.2 + 3) / 3)
     assert not logp.grad.any()
+    weightless = policy_loss(logp, torch.zeros(3), 0 * advantages, torch.ones(3).bool(), clip_high=math.inf)
+    assert weightless.loss.item() == 0
 
 
 def test_a_counted_nan_is_not_hidden():

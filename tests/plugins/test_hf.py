@@ -124,7 +124,8 @@ class FakeRun:
 def test_tokenizer_round_trip(tokenizer, tmp_path):
     texts = [*TEXTS[:3], "", " leading space", "tab\tand\nline", "\u00e9\U0001f600\u202e"]
     assert tokenizer.decode(tokenizer.encode(texts)) == texts
-    assert tokenizer.encode([]) == []
+    assert tokenizer.encode([]) == tokenizer.decode([]) == []
+    assert tokenizer.decode([[]]) == [""]
     assert tokenizer.pad_id != tokenizer.end_id
     assert tokenizer.decode([[tokenizer.pad_id, *tokenizer.encode(["good"])[0], tokenizer.end_id]]) == ["good"]
 

@@ -1,0 +1,404 @@
+import math
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import rlhf_kernels.ops.linear_logprobs as module
+from rlhf_kernels import linear_logprobs
+
+INF = math.inf
+
+
+@pytest.fixture(params=["kept", "recomputed"])
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways through the backward pass, in small tiles."""
+    monkeypatch.setattr(module, "_TILE_BYTES", 1)
+    monkeypatch.setattr(module, "_FEWEST_TILE_ROWS", 5)
+    if request.param == "recomputed":
+        monkeypatch.setattr(module, "_KEPT_BYTES", -1)
+    return request.param
+
+
+def example(*leading: int, width=16, vocabulary=50, dtype=torch.float32) -> tuple[Tensor, ...]:
+    """hidden, weight, bias, tokens; the logits have a standard deviation of about 3."""
+    hidden = torch.randn(*leading, width).to(dtype)
+    weight = (torch.randn(vocabulary, width) * 3 / width**0.5).to(dtype)
+    return hidden, weight, torch.randn(vocabulary).to(dtype), torch.randint(vocabulary, leading)
+
+
+def textbook(hidden, weight, bias, tokens, temperature=1.0, softcap=None) -> tuple[Tensor, Tensor]:
+    """Logp and entropy by whole-tensor operations in float64, through which autograd can go."""
+    logits = hidden.double() @ weight.double().T
+    if bias is not None:
+        logits = logits + bias.double()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    t = torch.as_tensor(temperature, dtype=torch.float64).expand(tokens.shape).unsqueeze(-1)
+    log_p = torch.log_softmax(logits / t, -1)
+    return log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+
+def gradients(outputs, upstreams, inputs) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(outputs, inputs, [u.to(o.dtype) for u, o in zip(upstreams, outputs, strict=True)])
+
+
+def close(actual: Tensor, expected: Tensor, atol: float, rtol: float = 0) -> None:
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
+
+
+# ------------------------------------------------------------------------------------------ the formula
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"softcap": 4.0, "temperature": 1.5}], ids=str)
+def test_matches_the_textbook(memory: str, options: dict, dtype: torch.dtype, entropy: bool) -> None:
+    *inputs, tokens = example(3, 7, dtype=dtype)
+    for x in inputs:
+        x.requires_grad_()
+    hidden, weight, bias = inputs
+    result = linear_logprobs(hidden, weight, tokens, bias=bias, entropy=entropy, **options)
+    outputs = [x for x in result if x is not None]
+    assert len(outputs) == 1 + entropy
+    expected = textbook(hidden, weight, bias, tokens, **options)[: 1 + entropy]
+    for actual, wanted in zip(outputs, expected, strict=True):
+        assert actual.dtype == torch.float32 and actual.shape == (3, 7)
+        close(actual, wanted, 5e-6)
+
+    upstreams = torch.randn(len(outputs), 3, 7)
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    for x, actual, wanted in zip(
+        inputs, gradients(outputs, upstreams, inputs), gradients(expected, upstreams, inputs), strict=True
+    ):
+        assert actual.dtype == x.dtype
+        close(actual, wanted, atol=1e-5, rtol=2 * rounding)
+
+
+def test_float16_logits_beyond_its_range_do_not_overflow() -> None:
+    hidden, weight, _, tokens = example(6, width=8, dtype=torch.float16)
+    hidden = hidden * 100
+    weight = weight * 200
+    assert (hidden.float() @ weight.float().T).abs().max() > torch.finfo(torch.float16).max
+    close(linear_logprobs(hidden, weight, tokens).logp, textbook(hidden, weight, None, tokens)[0], 1e-2)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 1000, 32000])
+def test_vocabulary_sizes(vocabulary: int) -> None:
+    hidden, weight, bias, tokens = example(9, width=8, vocabulary=vocabulary)
+    result = linear_logprobs(hidden, weight, tokens, bias=bias, entropy=True)
+    for actual, wanted in zip(result, textbook(hidden, weight, bias, tokens), strict=True):
+        close(actual, wanted, 5e-6)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("rows", [False, True])
+def test_gradcheck_in_float64(memory: str, entropy: bool, softcap: float | None, rows: bool) -> None:
+    hidden, weight, bias, tokens = example(2, 4, width=3, vocabulary=6, dtype=torch.float64)
+    mask = torch.rand(2, 4) < 0.8 if rows else None
+    temperature = torch.rand(2, 4).double() + 0.5 if rows else 0.7
+
+    def outputs(*inputs: Tensor) -> tuple[Tensor, ...]:
+        result = linear_logprobs(
+            *inputs[:2],
+            tokens,
+            bias=inputs[2],
+            temperature=temperature,
+            softcap=softcap,
+            mask=mask,
+            entropy=entropy,
+        )
+        assert result.logp.dtype == torch.float64
+        return tuple(x for x in result if x is not None)
+
+    assert torch.autograd.gradcheck(outputs, tuple(x.requires_grad_() for x in (hidden, weight, bias)))
+
+
+def test_only_the_entropy_is_used(memory: str) -> None:
+    *inputs, tokens = example(13)
+    hidden, weight, bias = (x.requires_grad_() for x in inputs)
+    upstream = torch.randn(1, 13)
+    actual = gradients([linear_logprobs(hidden, weight, tokens, bias=bias, entropy=True).entropy], upstream, inputs)
+    expected = gradients([textbook(hidden, weight, bias, tokens)[1]], upstream, inputs)
+    for a, b in zip(actual, expected, strict=True):
+        close(a, b, 1e-5)
+
+
+def test_an_entropy_nobody_differentiates_changes_no_bit(memory: str) -> None:
+    *inputs, tokens = example(13)
+    hidden, weight, bias = (x.requires_grad_() for x in inputs)
+    upstream = torch.randn(1, 13)
+    plain = linear_logprobs(hidden, weight, tokens, bias=bias).logp
+    beside = linear_logprobs(hidden, weight, tokens, bias=bias, entropy=True).logp
+    assert torch.equal(plain, beside)
+    for a, b in zip(gradients([plain], upstream, inputs), gradients([beside], upstream, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_one_weight_for_embedding_and_head() -> None:
+    _, weight, _, tokens = example(12, width=8, vocabulary=20)
+    actual, expected = weight.clone().requires_grad_(), weight.double().requires_grad_()
+    linear_logprobs(actual[tokens], actual, tokens.roll(1)).logp.sum().backward()
+    textbook(expected[tokens], expected, None, tokens.roll(1))[0].sum().backward()
+    close(actual.grad, expected.grad, 1e-5)
+
+
+@pytest.mark.parametrize("asks", ["hidden", "weight", "bias"])
+def test_frozen_inputs_get_no_gradient_and_cost_no_product(memory: str, asks: str, monkeypatch) -> None:
+    *inputs, tokens = example(13)
+    leaves = dict(zip(("hidden", "weight", "bias"), inputs, strict=True))
+    leaves[asks].requires_grad_()
+    logp = linear_logprobs(leaves["hidden"], leaves["weight"], tokens, bias=leaves["bias"]).logp
+    products = []
+    forbidden = {"hidden": "addmm_", "weight": "mm", "bias": "mm"}[asks]
+    if forbidden == "addmm_":
+        monkeypatch.setattr(Tensor, "addmm_", lambda *_: products.append("dW"))
+    elif memory == "kept":
+        monkeypatch.setattr(torch, "mm", lambda *_, **__: products.append("dX"))
+    actual = torch.autograd.grad(logp.sum(), leaves[asks])[0]
+    monkeypatch.undo()
+    assert products == []
+    wanted = torch.autograd.grad(textbook(*leaves.values(), tokens)[0].sum(), leaves[asks])[0]
+    close(actual, wanted, 1e-5)
+
+
+# ----------------------------------------------------------------------------------- masks, impossible tokens
+
+
+@pytest.mark.parametrize("junk", [math.nan, INF, 3e38])
+@pytest.mark.parametrize("options", [{}, {"entropy": True}, {"softcap": 4.0}], ids=str)
+def test_junk_under_the_mask_does_not_matter(memory: str, junk: float, options: dict) -> None:
+    hidden, weight, bias, tokens = example(4, 7)
+    mask = torch.rand(4, 7) < 0.6
+    temperature = torch.rand(4, 7) + 0.5
+    dirty = hidden.masked_fill(~mask.unsqueeze(-1), junk)
+    results = []
+    for x, ids, t in (
+        (hidden, tokens, temperature),
+        (dirty, tokens.masked_fill(~mask, -100), temperature.masked_fill(~mask, 0)),
+    ):
+        leaves = [y.clone().requires_grad_() for y in (x, weight, bias)]
+        result = linear_logprobs(leaves[0], leaves[1], ids, bias=leaves[2], temperature=t, mask=mask, **options)
+        outputs = [y for y in result if y is not None]
+        upstreams = [torch.ones(4, 7).masked_fill(~mask, junk) for _ in outputs]
+        results.append((*outputs, *gradients(outputs, upstreams, leaves)))
+        assert not outputs[0][~mask].any() and not results[-1][len(outputs)][~mask].any()
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    unmasked = linear_logprobs(hidden, weight, tokens, bias=bias, temperature=temperature, **options)
+    close(results[0][0][mask], unmasked.logp[mask], 2e-6)
+
+
+def test_everything_masked_and_no_rows(memory: str) -> None:
+    for leading, mask in (((5,), torch.zeros(5, dtype=torch.bool)), ((0,), None), ((2, 0), None)):
+        *inputs, tokens = example(*leading)
+        leaves = [x.requires_grad_() for x in inputs]
+        result = linear_logprobs(leaves[0], leaves[1], tokens, bias=leaves[2], mask=mask, entropy=True)
+        assert torch.equal(result.logp, torch.zeros(leading))
+        for gradient in gradients(list(result), torch.ones(2, *leading), leaves):
+            assert not gradient.any()
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_a_bias_of_minus_infinity_forbids_tokens(memory: str, entropy: bool) -> None:
+    hidden, weight, bias, tokens = example(11)
+    bias[::2] = -INF
+    tokens = tokens // 2 * 2 + 1
+    tokens[3] = 0
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    result = linear_logprobs(hidden, weight, tokens, bias=bias, entropy=entropy)
+    possible = torch.arange(11) != 3
+    expected = textbook(hidden[:, :], weight[1::2], bias[1::2], tokens // 2)
+    close(result.logp[possible], expected[0][possible], 5e-6)
+    assert result.logp[3] == -INF
+    outputs = [x[possible] for x in result if x is not None]
+    wanted = [x[possible] for x in expected[: 1 + entropy]]
+    upstreams = torch.randn(len(outputs), 10)
+    for a, b in zip(gradients(outputs, upstreams, leaves), gradients(wanted, upstreams, leaves), strict=True):
+        close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_a_row_of_minus_infinity(memory: str, entropy: bool) -> None:
+    *inputs, tokens = example(7)
+    leaves = [x.requires_grad_() for x in inputs]
+    bias = torch.full((50,), -INF)
+    result = linear_logprobs(leaves[0], leaves[1], tokens, bias=bias, entropy=entropy)
+    assert (result.logp == -INF).all()
+    outputs = [x for x in result if x is not None]
+    for gradient in gradients(outputs, torch.full((len(outputs), 7), INF), leaves[:2]):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+    if entropy:
+        assert not result.entropy.any()
+
+
+@pytest.mark.parametrize("offset", [-200.0, 1e4])
+def test_logits_far_from_zero(memory: str, offset: float) -> None:
+    hidden, weight, bias, tokens = example(8)
+    bias = bias + offset
+    expected = textbook(hidden, weight, bias, tokens)
+    for actual, wanted in zip(
+        linear_logprobs(hidden, weight, tokens, bias=bias, entropy=True), expected, strict=True
+    ):
+        close(actual, wanted, 3e-5 if abs(offset) < 1e3 else 2e-3)  # float32 logits near 1e4 are 1e-3 apart
+
+
+# ------------------------------------------------------------------------------- shapes, strides, memory
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 3, 4)])
+def test_any_leading_dimensions(leading: tuple[int, ...]) -> None:
+    hidden, weight, bias, tokens = example(*leading)
+    logp = linear_logprobs(hidden, weight, tokens, bias=bias).logp
+    assert logp.shape == leading
+    close(logp, textbook(hidden, weight, bias, tokens)[0], 5e-6)
+
+
+def test_strides_and_expanded_gradients_do_not_matter(memory: str) -> None:
+    hidden, weight, bias, tokens = example(4, 9, width=24)
+    mask = torch.rand(4, 8) < 0.7
+    variants = []
+    for contiguous in (False, True):
+        x, w = hidden.clone().requires_grad_(), weight.T.clone().requires_grad_()
+        inputs = [x[:, :-1, ::2], w.T[:, ::2], tokens[:, 1:]]
+        if contiguous:
+            inputs = [y.contiguous() for y in inputs]
+        logp = linear_logprobs(*inputs, bias=bias, mask=mask).logp
+        upstream = torch.tensor(0.5).expand(4, 8)
+        variants.append((logp, *torch.autograd.grad(logp, (x, w), upstream.clone() if contiguous else upstream)))
+    for a, b in zip(*variants, strict=True):
+        close(a, b, 2e-6)
+
+
+def test_bitwise_equal_from_run_to_run_and_again() -> None:
+    *inputs, tokens = example(700, width=64, vocabulary=900)
+    leaves = [x.requires_grad_() for x in inputs]
+    runs = []
+    for _ in range(2):
+        logp = linear_logprobs(leaves[0], leaves[1], tokens, bias=leaves[2]).logp
+        for _ in range(2):  # nothing that was kept is used up
+            runs.append((logp, *torch.autograd.grad(logp.sum(), leaves, retain_graph=True)))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_a_double_backward_raises(memory: str) -> None:
+    hidden, weight, _, tokens = example(6)
+    hidden.requires_grad_()
+    logp = linear_logprobs(hidden, weight, tokens).logp
+    gradient = torch.autograd.grad(logp.sum(), hidden, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.square().sum().backward()
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    hidden, weight, bias, tokens = example(30, width=64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logp = linear_logprobs(hidden.requires_grad_(), weight, tokens, bias=bias).logp
+    close(logp, textbook(hidden, weight, bias, tokens)[0], 5e-6)
+    gradient = torch.autograd.grad(logp.sum(), hidden)[0]
+    close(gradient, torch.autograd.grad(textbook(hidden, weight, bias, tokens)[0].sum(), hidden)[0], 1e-5)
+
+
+def peak_growth(call) -> float:
+    """Bytes by which the resident memory of this process grew at most while call() ran."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before, highest, done = resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.is_set():
+            highest = max(highest, resident())
+            time.sleep(0.0005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
+    return max(highest, before) - before
+
+
+def test_memory_is_bounded_beyond_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_KEPT_BYTES", 32 * 2**20)
+    hidden, weight, _, tokens = example(6000, width=8, vocabulary=8000)  # 192 MB of logits
+
+    def call() -> None:
+        linear_logprobs(hidden, weight, tokens, entropy=True).logp.sum().backward()
+
+    hidden.requires_grad_(), weight.requires_grad_()
+    example_call = [x[:300] for x in (hidden, tokens)]
+    linear_logprobs(example_call[0], weight, example_call[1]).logp.sum().backward()
+    assert peak_growth(call) < 40 * 2**20
+
+
+def test_no_host_sync_away_from_the_cpu() -> None:
+    """Tensors on "meta" have no values, so that whoever asks for one fails."""
+    hidden = torch.empty(4, 6, 8, device="meta", requires_grad=True)
+    weight = torch.empty(30, 8, device="meta", requires_grad=True)
+    tokens, mask = (torch.empty(4, 6, device="meta", dtype=d) for d in (torch.long, torch.bool))
+    sum(linear_logprobs(hidden, weight, tokens, mask=mask, entropy=True)).sum().backward()
+    assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
+
+
+def test_compiles_as_one_graph() -> None:
+    torch._dynamo.reset()
+
+    def call(hidden, weight, bias, tokens, mask):
+        return linear_logprobs(
+            hidden, weight, tokens, bias=bias, mask=mask, temperature=0.7, softcap=5.0, entropy=True
+        )
+
+    hidden, weight, bias, tokens = example(4, 6)
+    mask = torch.rand(4, 6) < 0.7
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    results = []
+    for function in (call, compiled):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        outputs = function(*leaves, tokens, mask)
+        results.append((*outputs, *gradients(outputs, torch.ones(2, 4, 6), leaves)))
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected, 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_counted_id_outside_the_vocabulary_raises() -> None:
+    hidden, weight, _, tokens = example(2, 3)
+    tokens[1, 2] = 50
+    with pytest.raises(IndexError, match=r"tokens\[1, 2\] is 50, outside \[0, 50\)"):
+        linear_logprobs(hidden, weight, tokens)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": torch.zeros(3, 4, dtype=torch.long)}, TypeError, "hidden must be a floating-point tensor"),
+        ({"tokens": torch.zeros(3)}, TypeError, "tokens must be an integer tensor"),
+        ({"tokens": torch.zeros(4, dtype=torch.long)}, ValueError, r"hidden has shape \[3, 4\], tokens \[4\]"),
+        ({"weight": torch.zeros(4, 9)}, ValueError, r"weight has shape \[4, 9\], expected \[V, 4\]"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias has shape \[4\], expected \[9\]"),
+        ({"softcap": 0.0}, ValueError, "softcap must be positive, got 0.0"),
+        ({"temperature": -1.0}, ValueError, "temperature must be positive and finite, got -1.0"),
+        ({"mask": torch.ones(3, 4, dtype=torch.bool)}, ValueError, r"mask has shape \[3, 4\], expected \[3\]"),
+    ],
+)
+def test_bad_arguments(change: dict, error: type[Exception], message: str) -> None:
+    arguments = {
+        "hidden": torch.zeros(3, 4),
+        "weight": torch.zeros(9, 4),
+        "tokens": torch.zeros(3, dtype=torch.long),
+        **change,
+    }
+    with pytest.raises(error, match=message):
+        linear_logprobs(**arguments)
