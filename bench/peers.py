@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -100,6 +101,7 @@ def _trl(release: str) -> Any:
         raise ImportError(f"this rival needs TRL {release}: pip install trl=={release}") from error
     if trl.__version__ != release:
         raise ImportError(f"this rival is TRL {release}, found {trl.__version__}: pip install trl=={release}")
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports every trainer that is made; a bench sends nothing
     return trl
 
 

@@ -20,7 +20,7 @@ from rlhf_engine.run import Run
 from rlhf_engine.stages.pretrain import save_result
 from rlhf_engine.stages.resumable import Resumable, linear_to_zero
 
-__all__ = ["RewardModel", "score_texts"]
+__all__ = ["RewardModel", "score_pairs", "score_texts"]
 
 
 @dataclass(eq=False)
@@ -64,7 +64,7 @@ class RewardModel:
         while at["step"] < self.steps:
             linear_to_zero(optimizer, at["step"], self.steps, warmup=self.warmup)
             pairs = next(batches)
-            loss = run.hook.rlhf_preference_loss(**self._scored(models, pairs))
+            loss = run.hook.rlhf_preference_loss(**score_pairs(models, pairs))
             loss.value.backward()
             norm = step_optimizer(optimizer, model.parameters(), self.max_grad_norm)
             at["step"] += 1
@@ -91,20 +91,6 @@ class RewardModel:
             at["epoch"] += 1
             at["cursor"] = 0
 
-    def _scored(self, models: Models, pairs: list[Preference]) -> dict[str, Tensor]:
-        """The scores of both sides of every pair, each distinct text run through the model once."""
-        chosen = [pair.prompt + pair.chosen for pair in pairs]
-        rejected = [pair.prompt + pair.rejected for pair in pairs]
-        texts = list(dict.fromkeys([*chosen, *rejected]))
-        row = {text: number for number, text in enumerate(texts)}
-        scores = score_texts(models, models.reward_model, texts)
-        strength = torch.tensor([pair.strength for pair in pairs], device=scores.device)
-        return {
-            "chosen": scores[[row[text] for text in chosen]],
-            "rejected": scores[[row[text] for text in rejected]],
-            "strength": strength,
-        }
-
     def _report(self, run: Run, models: Models) -> dict[str, float]:
         pairs = list(run.hook.rlhf_preferences(run=run, split="heldout", epoch=0))
         if not pairs:
@@ -114,7 +100,7 @@ class RewardModel:
         right, strengths = [], []
         with torch.no_grad():
             for batch in by_texts(iter(pairs), 256):
-                scored = self._scored(models, batch)
+                scored = score_pairs(models, batch)
                 right.append((scored["chosen"] > scored["rejected"]).float())
                 strengths.append(scored["strength"])
         results = {
@@ -124,6 +110,21 @@ class RewardModel:
         }
         run.say("reward: held-out accuracy {heldout_accuracy:.3f} on {heldout_pairs} pairs".format(**results))
         return results
+
+
+def score_pairs(models: Models, pairs: list[Preference]) -> dict[str, Tensor]:
+    """The scores of both sides of every pair, each distinct text run through the model once."""
+    chosen = [pair.prompt + pair.chosen for pair in pairs]
+    rejected = [pair.prompt + pair.rejected for pair in pairs]
+    texts = list(dict.fromkeys([*chosen, *rejected]))
+    row = {text: number for number, text in enumerate(texts)}
+    scores = score_texts(models, models.reward_model, texts)
+    strength = torch.tensor([pair.strength for pair in pairs], device=scores.device)
+    return {
+        "chosen": scores[[row[text] for text in chosen]],
+        "rejected": scores[[row[text] for text in rejected]],
+        "strength": strength,
+    }
 
 
 def by_texts(pairs: Iterable[Preference], texts: int) -> Iterator[list[Preference]]:

@@ -84,7 +84,8 @@ class RL:
         while at["step"] < self.steps:
             if state.batch is None:
                 asked = self._next_prompts(prompts, at, run.seed)
-                state.batch = engine.experience(engine.generate(asked), asked)
+                rollout = engine.generate(asked)
+                state.batch = engine.experience(rollout[torch.randperm(len(rollout))], asked)
                 at.update(order=self._order(len(state.batch)), update=0, metrics=[])
                 state.tick()
             linear_to_zero(optimizer, at["step"], self.steps)
@@ -152,8 +153,13 @@ class RL:
         return chosen
 
     def _order(self, rows: int) -> list[Tensor]:
-        """Which rows each optimizer step of a cycle takes: all of them once an epoch, in a random order."""
-        return [part for _ in range(self.epochs) for part in torch.randperm(rows).split(self.minibatch_size)]
+        """Which rows each optimizer step of a cycle takes: all of them once an epoch, in a random order.
+
+        The rows come shuffled, and the first epoch takes them as they stand: in the very batches that `old_logp`
+        was computed in, because a row's last bits depend on its place in a batch.
+        """
+        orders = [torch.arange(rows), *(torch.randperm(rows) for _ in range(self.epochs - 1))]
+        return [part for order in orders for part in order.split(self.minibatch_size)]
 
 
 def refuse_unanswerable(models: Models, prompts: list[Prompt], response_length: int) -> None:

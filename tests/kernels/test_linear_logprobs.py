@@ -1,7 +1,4 @@
 import math
-import threading
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +6,7 @@ from torch import Tensor
 
 import rlhf_kernels.ops.linear_logprobs as module
 from rlhf_kernels import linear_logprobs
+from tests.kernels.memory import peak_growth
 
 INF = math.inf
 
@@ -83,7 +81,9 @@ def test_float16_logits_beyond_its_range_do_not_overflow() -> None:
     hidden = hidden * 100
     weight = weight * 200
     assert (hidden.float() @ weight.float().T).abs().max() > torch.finfo(torch.float16).max
-    close(linear_logprobs(hidden, weight, tokens).logp, textbook(hidden, weight, None, tokens)[0], 1e-2)
+    close(
+        linear_logprobs(hidden, weight, tokens).logp, textbook(hidden, weight, None, tokens)[0], 0.05
+    )  # 3 last digits of 2e5
 
 
 @pytest.mark.parametrize("vocabulary", [1, 7, 1000, 32000])
@@ -241,9 +241,7 @@ def test_logits_far_from_zero(memory: str, offset: float) -> None:
     hidden, weight, bias, tokens = example(8)
     bias = bias + offset
     expected = textbook(hidden, weight, bias, tokens)
-    for actual, wanted in zip(
-        linear_logprobs(hidden, weight, tokens, bias=bias, entropy=True), expected, strict=True
-    ):
+    for actual, wanted in zip(linear_logprobs(hidden, weight, tokens, bias=bias, entropy=True), expected, strict=True):
         close(actual, wanted, 3e-5 if abs(offset) < 1e3 else 2e-3)  # float32 logits near 1e4 are 1e-3 apart
 
 
@@ -304,30 +302,6 @@ def test_autocast_does_not_lower_the_precision() -> None:
     close(gradient, torch.autograd.grad(textbook(hidden, weight, bias, tokens)[0].sum(), hidden)[0], 1e-5)
 
 
-def peak_growth(call) -> float:
-    """Bytes by which the resident memory of this process grew at most while call() ran."""
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-    before, highest, done = resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.is_set():
-            highest = max(highest, resident())
-            time.sleep(0.0005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        call()
-    finally:
-        done.set()
-        watcher.join()
-    return max(highest, before) - before
-
-
 def test_memory_is_bounded_beyond_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_KEPT_BYTES", 32 * 2**20)
     hidden, weight, _, tokens = example(6000, width=8, vocabulary=8000)  # 192 MB of logits
@@ -354,9 +328,7 @@ def test_compiles_as_one_graph() -> None:
     torch._dynamo.reset()
 
     def call(hidden, weight, bias, tokens, mask):
-        return linear_logprobs(
-            hidden, weight, tokens, bias=bias, mask=mask, temperature=0.7, softcap=5.0, entropy=True
-        )
+        return linear_logprobs(hidden, weight, tokens, bias=bias, mask=mask, temperature=0.7, softcap=5.0, entropy=True)
 
     hidden, weight, bias, tokens = example(4, 6)
     mask = torch.rand(4, 6) < 0.7

@@ -1,7 +1,4 @@
 import math
-import threading
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +8,7 @@ from torch import Tensor
 
 from rlhf_kernels import token_logprobs
 from rlhf_kernels.ops import _rows
+from tests.kernels.memory import peak_growth
 
 INF = math.inf
 
@@ -385,7 +383,7 @@ def test_compiles_as_one_graph_and_not_again_for_new_sizes() -> None:
     assert len(graphs) <= 2
 
     tokens[1], mask[1] = torch.tensor([30, -1] + 9 * [0]), True
-    logp = compiled(logits, tokens, mask, temperature).logp
+    logp = compiled(leaf, tokens, mask, temperature).logp
     assert logp.isnan().nonzero().tolist() == [[1, 0], [1, 1]]
     assert len(graphs) <= 2
 
@@ -424,31 +422,6 @@ def test_bad_arguments(change: dict, error: type[Exception], message: str) -> No
 
 
 # ------------------------------------------------------------------------------------------------- memory
-
-
-def peak_growth(call) -> float:
-    """Bytes by which the resident memory of this process grew at most while call() ran."""
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-    before, highest, done = resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.is_set():
-            highest = max(highest, resident())
-            time.sleep(0.0005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        result = call()
-    finally:
-        done.set()
-        watcher.join()
-    del result
-    return max(highest, before) - before
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""Whole training steps beside other trainers', interleaved in one process.
+
+    make bench                                              GRPO and reward steps against TRL 1.16
+    python -m bench.bench_step grpo|reward|ppo [rounds]     one of them; ppo needs TRL 1.10, so an environment of its own
+
+A rival that is not installed is skipped with the reason; ours and the plain-PyTorch floor still run.
+"""
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from bench import ours, peers
+from bench.subject import Setting, make_policy, make_prompts, make_scorer, make_tokenizer
+from bench.timing import compare, interleave, ratios
+
+SETTING = Setting()
+TOKENIZER = make_tokenizer(SETTING)
+
+Steps = dict[str, Callable[[], object]]
+
+
+def grpo_steps() -> Steps:
+    model, prompts = make_policy(SETTING), make_prompts(SETTING, 64 * SETTING.prompts)
+    return {
+        "ours": ours.grpo(model, TOKENIZER, prompts, SETTING),
+        "plain PyTorch loop": peers.minimal_grpo(model, TOKENIZER, prompts, SETTING),
+        "TRL 1.16 GRPOTrainer": peers.trl_grpo(model, TOKENIZER, prompts, SETTING),
+    }
+
+
+def reward_steps() -> Steps:
+    scorer = make_scorer(SETTING)
+    return {
+        "ours": ours.reward(scorer, TOKENIZER, SETTING),
+        "TRL 1.16 RewardTrainer": peers.trl_reward(scorer, TOKENIZER, SETTING),
+    }
+
+
+def ppo_steps() -> Steps:
+    policy, prompts = make_policy(SETTING), make_prompts(SETTING, 64 * SETTING.batch)
+    critic, judge = make_scorer(SETTING, seed=1), make_scorer(SETTING, seed=2)
+    return {
+        "ours": ours.ppo(policy, critic, judge, TOKENIZER, prompts, SETTING),
+        "TRL 1.10 PPOTrainer": peers.trl_ppo(policy, critic, judge, TOKENIZER, prompts, SETTING),
+    }
+
+
+STEPS = {"grpo": grpo_steps, "reward": reward_steps, "ppo": ppo_steps}
+# What we mean to reach: the CPU seconds of the rival over ours, paired round by round.
+WANTED = {"grpo": 1.6, "reward": 1.0, "ppo": 2.0}
+
+
+@pytest.mark.parametrize("which", STEPS)
+def test_step(which: str, benchmark: object) -> None:
+    try:
+        steps = STEPS[which]()
+    except ImportError as error:
+        pytest.skip(str(error))
+    timings = interleave(steps, rounds=5)
+    rival = list(steps)[-1]
+    median, lowest, highest = ratios(timings["ours"].cpu, timings[rival].cpu)
+    benchmark.extra_info["rival"] = f"{rival}: {median:.2f} ({lowest:.2f}-{highest:.2f}) times our CPU seconds"  # type: ignore[attr-defined]
+    benchmark.pedantic(steps["ours"], rounds=3, warmup_rounds=0)  # type: ignore[attr-defined]
+    print(f"\n{which}: {benchmark.extra_info['rival']}, wanted {WANTED[which]}")  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    """Print the table of one step."""
+    which, rounds = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 10
+    torch.set_num_threads(2)
+    compare(STEPS[which](), rounds=rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+import rlhf_kernels
+from rlhf_kernels import backend
+
+ROOT = Path(rlhf_kernels.__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test starts before the environment variable was read, and leaves no trace."""
+    monkeypatch.setattr(backend, "_mode", None)
+    monkeypatch.delenv("RLHF_KERNELS", raising=False)
+
+
+def an_operation() -> torch.Tensor:
+    return rlhf_kernels.kl_estimate(torch.zeros(2), torch.ones(2))
+
+
+def test_the_mode_is_auto_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backend.mode() == "auto"
+    monkeypatch.setattr(backend, "_mode", None)
+    monkeypatch.setenv("RLHF_KERNELS", "torch")
+    assert backend.mode() == "torch"
+    an_operation()
+
+
+def test_the_environment_is_read_at_the_first_operation_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    an_operation()
+    monkeypatch.setenv("RLHF_KERNELS", "triton")
+    an_operation()
+
+
+def test_an_unknown_mode_is_refused_at_the_first_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_KERNELS", "tritn")
+    with pytest.raises(ValueError, match="RLHF_KERNELS is 'tritn'; allowed are auto, triton, torch"):
+        an_operation()
+
+
+CALLS = {
+    "token_logprobs": lambda f, x, i, m: f(x, i),
+    "linear_logprobs": lambda f, x, i, m: f(x, x, i),
+    "kl_estimate": lambda f, x, i, m: f(x, x),
+    "exact_kl": lambda f, x, i, m: f(x, x),
+    "linear_policy_loss": lambda f, x, i, m: f(x, x, i, x[0], x[0], m),
+    "policy_loss": lambda f, x, i, m: f(x[0], x[0], x[0], m),
+    "value_loss": lambda f, x, i, m: f(x[0], x[0], x[0], m),
+    "gae": lambda f, x, i, m: f(x, x, x > 0),
+    "shaped_gae": lambda f, x, i, m: f(x[0], x, x, x, x > 0, beta=0.1),
+    "group_advantages": lambda f, x, i, m: f(x[0], i),
+    "leave_one_out": lambda f, x, i, m: f(x[0], i),
+    "masked_mean": lambda f, x, i, m: f(x[0], m),
+    "masked_whiten": lambda f, x, i, m: f(x[0], m),
+}
+
+
+@pytest.mark.parametrize("name", backend.operations())
+def test_no_operation_runs_on_torch_where_triton_was_asked_for(name: str, monkeypatch) -> None:
+    arguments = (torch.randn(3, 3), torch.arange(3), torch.ones(3, dtype=torch.bool))
+    CALLS[name](getattr(rlhf_kernels, name), *arguments)
+    monkeypatch.setattr(backend, "_mode", None)
+    monkeypatch.setenv("RLHF_KERNELS", "triton")
+    with pytest.raises(RuntimeError, match=f"RLHF_KERNELS=triton, but {name} has no Triton kernel"):
+        CALLS[name](getattr(rlhf_kernels, name), *arguments)
+
+
+def test_using_lasts_as_long_as_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_KERNELS", "triton")
+    with backend.using("torch"):
+        assert backend.mode() == "torch"
+        an_operation()
+        with backend.using("auto"):
+            assert backend.mode() == "auto"
+        assert backend.mode() == "torch"
+    with pytest.raises(RuntimeError), backend.using("torch"):
+        raise RuntimeError
+    assert backend.mode() == "triton"
+
+
+def test_triton_is_refused_at_once() -> None:
+    with pytest.raises(RuntimeError, match="no operation has a Triton kernel"), backend.using("triton"):
+        raise AssertionError("the block must not run")
+    with pytest.raises(RuntimeError, match="no operation has a Triton kernel"):
+        backend.require("triton")
+    backend.require("torch")
+    assert backend.mode() == "auto"
+
+
+@pytest.mark.parametrize("call", [backend.require, lambda mode: backend.using(mode).__enter__()])
+def test_an_unknown_name_is_refused(call) -> None:
+    with pytest.raises(ValueError, match=r"'cuda'.*allowed are"):
+        call("cuda")
+
+
+def test_the_operations_are_the_public_functions() -> None:
+    functions = {name for name in rlhf_kernels.__all__ if name.islower()}
+    assert set(backend.operations()) == functions == set(CALLS)
+    for name in functions:
+        assert getattr(rlhf_kernels, name).__module__ == f"rlhf_kernels.ops.{name}"
+
+
+def test_the_report_says_what_runs_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = backend.report()
+    assert report.mode == "auto"
+    assert report.versions["torch"] == metadata.version("torch")
+    assert report.operations["gae"] == ("torch", "it has no Triton kernel in this version")
+    lines = str(report).splitlines()
+    assert f"device        {report.device}" in lines
+    for name in backend.operations():
+        assert any(line.split()[:2] == [name, "torch"] for line in lines)
+    monkeypatch.setattr(backend, "_mode", "triton")
+    assert backend.report().operations["gae"][0] == "refused"
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_module_prints_the_report_and_imports_no_triton() -> None:
+    code = (
+        "import runpy, sys; sys.modules['triton'] = None; sys.modules['transformers'] = None;"
+        "runpy.run_module('rlhf_kernels', run_name='__main__')"
+    )
+    done = run_python("-c", code, RLHF_KERNELS="torch")
+    assert done.returncode == 0, done.stderr
+    with backend.using("torch"):
+        assert done.stdout.split() == str(backend.report()).split()

@@ -1,0 +1,194 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_kernels import exact_kl
+from rlhf_kernels.ops import _rows
+from tests.kernels.memory import peak_growth
+
+INF = math.inf
+
+
+def textbook(p: Tensor, q: Tensor, temperature=1.0) -> Tensor:
+    """sum_j p_j (log p_j - log q_j) in float64, through which autograd can go; for logits without -inf."""
+    t = torch.as_tensor(temperature, dtype=torch.float64).expand(p.shape[:-1]).unsqueeze(-1)
+    log_p, log_q = torch.log_softmax(p.double() / t, -1), torch.log_softmax(q.double() / t, -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def example(*shape: int, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+    p = torch.randn(shape) * 3
+    return p.to(dtype), (p + torch.randn(shape)).to(dtype)
+
+
+def gradients(kl: Tensor, upstream: Tensor, inputs) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(kl, inputs, upstream.to(kl.dtype))
+
+
+def close(actual: Tensor, expected: Tensor, atol: float, rtol: float = 0) -> None:
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
+
+
+def test_known_answers() -> None:
+    pi, reference = torch.tensor([1.0, 2.0, 0.0]).double(), torch.tensor([1.0, 1.0, 0.0]).double()
+    assert exact_kl(pi, reference).item() == pytest.approx(0.1196297954, abs=1e-10)
+    assert exact_kl(reference, pi).item() == pytest.approx(0.1232923621, abs=1e-10)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 1000, 32000, 151936])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_matches_the_textbook(vocabulary: int, dtype: torch.dtype) -> None:
+    p, q = (x.requires_grad_() for x in example(3, vocabulary, dtype=dtype))
+    kl, expected = exact_kl(p, q), textbook(p, q)
+    assert kl.dtype == torch.float32
+    close(kl, expected, 4e-6)
+    upstream = torch.randn(3)
+    rounding = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    for x, actual, wanted in zip(
+        (p, q), gradients(kl, upstream, (p, q)), gradients(expected, upstream, (p, q)), strict=True
+    ):
+        assert actual.dtype == x.dtype
+        close(actual, wanted, atol=3e-6, rtol=2 * rounding)
+
+
+@pytest.mark.parametrize("asks", ["p", "q", "both"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, "rows"])
+def test_gradcheck_in_float64(asks: str, temperature) -> None:
+    p, q = example(2, 3, 6, dtype=torch.float64)
+    temperature = torch.rand(2, 3).double() + 0.5 if temperature == "rows" else temperature
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    if asks != "q":
+        p.requires_grad_()
+    if asks != "p":
+        q.requires_grad_()
+    assert torch.autograd.gradcheck(lambda p, q: exact_kl(p, q, temperature=temperature, mask=mask), (p, q))
+    expected = textbook(p.detach(), q.detach(), temperature)
+    close(exact_kl(p, q, temperature=temperature)[mask], expected[mask], 1e-13)
+
+
+def test_equal_logits_give_exactly_zero() -> None:
+    p, _ = example(50, 1001)
+    q = p.clone().requires_grad_()
+    kl = exact_kl(p.requires_grad_(), q)
+    assert not kl.any()
+    assert all(not x.any() for x in gradients(kl, torch.ones(50), (p, q)))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_probabilities_of_zero(dtype: torch.dtype, compiled: bool) -> None:
+    p = torch.tensor([[1.0, -INF, 0], [1, 2, 0], [-INF] * 3, [1, -INF, 0], [-INF] * 3, [1, 2, 3], [1, 2, 3]])
+    q = torch.tensor([[1.0, -INF, 3], [1, 2, -INF], [1, 2, 3], [1, 2, 0], [-INF] * 3, [-INF] * 3, [3, 2, 1]])
+    p, q = p.to(dtype).requires_grad_(), q.to(dtype).requires_grad_()
+    function = torch.compile(exact_kl, fullgraph=True, backend="eager") if compiled else exact_kl
+    kl = function(p, q)
+    both_zero = textbook(p[0, ::2], q[0, ::2]).item()
+    one_zero = textbook(p[3, ::2], q[3, ::2]).item() + math.log(1 + math.e**2 / (math.e + 1))
+    expected = [both_zero, INF, 0, one_zero, 0, INF, textbook(p[6], q[6]).item()]
+    assert kl.tolist() == pytest.approx(expected, abs=1e-6)
+
+    grad_p, grad_q = gradients(kl, torch.tensor([1.0, INF, INF, 1, 1, 1, 1]), (p, q))
+    for row in (1, 2, 4, 5):  # infinite, or nothing possible: no gradient
+        assert not grad_p[row].any() and not grad_q[row].any()
+    assert grad_p.isfinite().all() and grad_q.isfinite().all()
+    assert grad_p[0, 1] == grad_q[0, 1] == grad_p[3, 1] == 0
+    probability = torch.softmax(q[3].double(), -1) - torch.softmax(p[3].double(), -1)
+    close(grad_q[3], probability, atol=1e-6, rtol=2**-8 if dtype == torch.bfloat16 else 0)
+
+
+@pytest.mark.parametrize("offset", [-200.0, 1e4])
+def test_logits_far_from_zero(offset: float) -> None:
+    p, q = (x + offset for x in example(8, 1000))
+    close(exact_kl(p, q), textbook(p, q), 4e-6)
+
+
+@pytest.mark.parametrize("junk", [math.nan, INF, -INF])
+def test_junk_under_the_mask_does_not_matter(junk: float) -> None:
+    p, q = example(4, 5, 30)
+    mask = torch.rand(4, 5) < 0.6
+    temperature = torch.rand(4, 5) + 0.5
+    results = []
+    for dirty in (False, True):
+        fill = ~mask & dirty
+        leaves = [x.masked_fill(fill.unsqueeze(-1), junk).requires_grad_() for x in (p, q)]
+        kl = exact_kl(*leaves, temperature=temperature.masked_fill(fill, -1), mask=mask)
+        results.append((kl, *gradients(kl, torch.ones(4, 5).masked_fill(fill, junk), leaves)))
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+        assert not clean[~mask].any() and clean[mask].any()
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 3, 4), (0,), (2, 0)])
+def test_any_leading_dimensions(leading: tuple[int, ...]) -> None:
+    p, q = (x.requires_grad_() for x in example(*leading, 11))
+    kl = exact_kl(p, q)
+    assert kl.shape == leading
+    close(kl, textbook(p, q), 4e-6)
+    kl.sum().backward()
+    assert p.grad.shape == p.shape
+
+
+def test_strides_tiles_and_other_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, q = example(6, 9, 40)
+    mask = torch.rand(6, 9) < 0.7
+    p[2, 3, 5] = q[2, 3, 5] = q[4, 4, 4] = -INF
+    mask[2, 3] = mask[4, 4] = True
+    leaves = [x.requires_grad_() for x in (p, q)]
+    kl = exact_kl(p, q, mask=mask)
+    whole = (kl, *gradients(kl, torch.ones(6, 9), leaves))
+    for tile in (1, 100, 400):
+        monkeypatch.setattr(_rows, "SMALLEST_TILE_ELEMENTS", tile)
+        turned = [x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in (p, q)]
+        kl = exact_kl(*turned, mask=mask)
+        for a, b in zip((kl, *gradients(kl, torch.ones(()).expand(6, 9), turned)), whole, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_double_backward_raises() -> None:
+    p, q = example(3, 5)
+    gradient = torch.autograd.grad(exact_kl(p.requires_grad_(), q).sum(), p, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.square().sum().backward()
+
+
+def test_memory_beside_the_gradients() -> None:
+    p, q = example(2000, 8000)
+    exact_kl(p[:50].clone().requires_grad_(), q[:50]).sum().backward()
+    p.requires_grad_()
+    assert peak_growth(lambda: torch.autograd.grad(exact_kl(p, q).sum(), p)) <= 1.2 * p.numel() * 4
+
+
+def test_no_host_sync_away_from_the_cpu() -> None:
+    """Tensors on "meta" have no values, so that whoever asks for one fails."""
+    p, q = (torch.empty(4, 6, 8, device="meta", requires_grad=True) for _ in range(2))
+    exact_kl(p, q, mask=torch.empty(4, 6, device="meta", dtype=torch.bool)).sum().backward()
+    assert p.grad.shape == q.grad.shape == p.shape
+
+
+def test_compiles_as_one_graph() -> None:
+    p, q = example(4, 6, 30)
+    mask = torch.rand(4, 6) < 0.7
+    results = []
+    for function in (exact_kl, torch.compile(exact_kl, fullgraph=True, backend="eager")):
+        leaves = [x.clone().requires_grad_() for x in (p, q)]
+        kl = function(*leaves, temperature=0.7, mask=mask)
+        results.append((kl, *gradients(kl, torch.ones(4, 6), leaves)))
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected, 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits_p": torch.zeros(3, 5, dtype=torch.long)}, TypeError, "logits_p must be a floating-point tensor"),
+        ({"logits_q": torch.zeros(3, 4)}, ValueError, r"logits_q has shape \[3, 4\], but logits_p has \[3, 5\]"),
+        ({"mask": torch.ones(3)}, TypeError, "mask must be a bool tensor"),
+        ({"mask": torch.ones(2, dtype=torch.bool)}, ValueError, r"mask has shape \[2\], expected \[3\]"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive and finite"),
+    ],
+)
+def test_bad_arguments(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        exact_kl(**{"logits_p": torch.zeros(3, 5), "logits_q": torch.zeros(3, 5), **change})
