@@ -1,7 +1,7 @@
 """Whole training steps beside other trainers', interleaved in one process.
 
     make bench                                              GRPO and reward steps against TRL 1.16
-    python -m bench.bench_step grpo|reward|ppo [rounds]     one of them; ppo needs TRL 1.10, so an environment of its own
+    python -m bench.bench_step grpo|reward|ppo [rounds]     one of them; ppo needs TRL 1.10 and so its own environment
 
 A rival that is not installed is skipped with the reason; ours and the plain-PyTorch floor still run.
 """

@@ -196,8 +196,8 @@ class Batch(Rewarded):
 
     advantages: Tensor
     """[B, T] fp32: 0 where the mask is False"""
-    returns: Tensor | None = None
-    """[B, T] fp32: the critic's target; None for an algorithm without one"""
+    returns: Tensor
+    """[B, T] fp32: the critic's target; without a critic, what the token is credited with. 0 where the mask is False"""
     total_tokens: Tensor | None = None
     """0-dim: counted tokens of the whole optimizer step; None: those of these rows. A token-mean loss divides
     by it, so that gradient accumulation and data parallelism equal one big batch."""

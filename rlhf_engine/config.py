@@ -132,7 +132,8 @@ def _validate(model: type[BaseModel], table: dict[str, Any], *, where: str) -> A
         return model.model_validate_json(json.dumps(table, default=str))
     except ValidationError as error:
         faults = []
-        known = {name: inspect.formatannotation(f.annotation) for name, f in model.model_fields.items()}
+        hints = get_type_hints(model)  # without the constraints, which only the faults speak of
+        known = {name: inspect.formatannotation(hints[name]) for name in model.model_fields}
         for fault in error.errors():
             key = ".".join(str(part) for part in fault["loc"])
             if fault["type"] == "extra_forbidden":

@@ -151,8 +151,8 @@ class Engine:
 
     def advantages(self, rewarded: Rewarded) -> Batch:
         """The algorithm's advantages, and the critic's targets."""
-        advantages, returns = self.hook.rlhf_advantages(rewarded=rewarded)
-        advantages = _per_token(advantages, rewarded, "rlhf_advantages")
+        answer = self.hook.rlhf_advantages(rewarded=rewarded)
+        advantages, returns = (_per_token(part, rewarded, "rlhf_advantages") for part in answer)
         return rewarded.extend(Batch, advantages=advantages, returns=returns)
 
     def experience(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Batch:
@@ -302,8 +302,8 @@ def refuse_single_samples(made: pluggy.PluginManager, samples_per_prompt: int) -
 
 
 def _who_needs(made: pluggy.PluginManager, need: str) -> str:
-    impls = made.hook.rlhf_needs.get_hookimpls()
-    return " and ".join(impl.plugin_name for impl in impls if need in impl.function())
+    answers: list[tuple[str, Any]] = [(i.plugin_name, i.function()) for i in made.hook.rlhf_needs.get_hookimpls()]
+    return " and ".join(name for name, needed in answers if need in needed)
 
 
 def step_optimizer(optimizer: Optimizer, parameters: Iterable[Tensor], max_grad_norm: float) -> float:

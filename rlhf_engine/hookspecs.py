@@ -176,7 +176,10 @@ def rlhf_token_rewards(scored: Scored) -> Tensor:
 
 @_hookspec(firstresult=True)
 def rlhf_advantages(rewarded: Rewarded) -> Advantages:
-    """One answer, from the algorithm: advantages `[B, T]` and the critic's targets `[B, T]` (or None)."""
+    """One answer, from the algorithm: advantages and returns, both `[B, T]`.
+
+    Returns are the critic's targets; without a critic, the return that each token is credited with.
+    """
     raise NotImplementedError
 
 
@@ -184,7 +187,9 @@ def rlhf_advantages(rewarded: Rewarded) -> Advantages:
 def rlhf_loss(output: Output, batch: Batch) -> Loss:
     """One answer, from the algorithm: the scalar to minimise on one minibatch, and what to log of it.
 
-    Normalise by `batch.total_tokens` or `batch.total_sequences`, never by what happens to stand in `batch`.
+    Normalise by `batch.total_tokens` or `batch.total_sequences`, never by what happens to stand in `batch`. Of
+    the metrics, those named `...loss` are normalised like the loss (the pieces of a step add up), those named
+    `..._max` are maxima, and all others are means over `batch`.
     """
     raise NotImplementedError
 

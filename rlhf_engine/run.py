@@ -122,7 +122,7 @@ class Run:
         """Hold the run's folder: two processes in it would overwrite one another's checkpoints."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = open(self.folder / ".lock", "w")
+            lock = (self.folder / ".lock").open("w")
         except OSError as error:
             raise ConfigError(f"{self.folder} cannot be the run's folder: {error.strerror}") from None
         with lock:

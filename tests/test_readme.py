@@ -85,3 +85,10 @@ def test_the_reward_recipe_is_a_working_plugin() -> None:
         rollout=None, prompts=[], texts=["a", "abc"], models=None
     )
     assert reward.values.tolist() == pytest.approx([-0.01, -0.03])
+
+
+def test_the_demo_table_is_the_measured_one() -> None:
+    shown = README.partition("<!-- demo table -->\n")[2].partition("<!-- end of demo table -->")[0]
+    measured = (ROOT / "bench" / "results" / "demo" / "table.md").read_text("utf-8")
+    assert shown
+    assert measured.startswith(shown)

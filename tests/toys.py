@@ -163,8 +163,9 @@ def rewarded(rollout: Rollout, **columns: Any) -> Rewarded:
     return rollout.extend(Scored, **given).extend(Rewarded, rewards=rewards)
 
 
-def learnable(rollout: Rollout, *, advantages: Tensor, returns: Tensor | None = None, **columns: Any) -> Batch:
+def learnable(rollout: Rollout, *, advantages: Tensor, **columns: Any) -> Batch:
     """The rollout as a batch that a loss can read, normalised by its own counts."""
+    returns = columns.pop("returns", torch.zeros(rollout.mask.shape))
     return rewarded(rollout, **columns).extend(
         Batch,
         advantages=advantages,
@@ -238,8 +239,14 @@ def run_file(folder: Path, **tables: dict[str, Any]) -> Path:
         "pretrain": {"steps": 4, "batch_size": 2, "block_length": 8, "heldout_blocks": 2, "checkpoint_every": 2},
         "reward": {"steps": 3, "texts_per_step": 8, "checkpoint_every": 2},
         "rl": {
-            **{"steps": 2, "prompts_per_step": 3, "samples_per_prompt": 2, "epochs": 2, "minibatch_size": 3},
-            **{"response_length": 4, "evaluation_prompts": 3, "checkpoint_every": 3},
+            "steps": 2,
+            "prompts_per_step": 3,
+            "samples_per_prompt": 2,
+            "epochs": 2,
+            "minibatch_size": 3,
+            "response_length": 4,
+            "evaluation_prompts": 3,
+            "checkpoint_every": 3,
         },
     }
     run: dict[str, Any] = {

@@ -47,7 +47,7 @@ class GRPO:
     def rlhf_advantages(self, rewarded: Rewarded) -> Advantages:
         scores = rewarded.rewards.sum(1)  # the score, less a KL penalty if one is active
         advantages = group_advantages(scores, rewarded.group, scale=self.scale)
-        return Advantages(advantages[:, None] * rewarded.mask, None)
+        return Advantages(advantages[:, None] * rewarded.mask, scores[:, None] * rewarded.mask)
 
     @hookimpl
     def rlhf_loss(self, output: Output, batch: Batch) -> Loss:
@@ -69,6 +69,7 @@ class GRPO:
         )
         if not self.kl_coefficient:
             return Loss(value=policy.loss, metrics=policy.metrics)
+        assert batch.ref_logp is not None  # rlhf_needs asked for it
         kl = kl_estimate(output.logp, batch.ref_logp, kind="k3")
         if self.reduce == "sequences":
             kl = kl / batch.mask.sum(1, keepdim=True).clamp(min=1)

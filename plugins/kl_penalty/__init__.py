@@ -42,6 +42,7 @@ class KLPenalty:
     @hookimpl(wrapper=True)
     def rlhf_token_rewards(self, scored: Scored) -> Generator[None, Tensor, Tensor]:
         rewards = yield
+        assert scored.ref_logp is not None  # rlhf_needs asked for it
         kl = kl_estimate(scored.old_logp, scored.ref_logp, kind=self.kind)
         return rewards - (self.beta * kl).masked_fill(~scored.mask, 0.0)
 

@@ -43,6 +43,7 @@ class PPO:
 
     @hookimpl
     def rlhf_loss(self, output: Output, batch: Batch) -> Loss:
+        assert output.values is not None and batch.values is not None  # rlhf_needs asked for them
         policy = policy_loss(
             output.logp,
             batch.old_logp,
@@ -62,6 +63,7 @@ class PPO:
         )
         loss = policy.loss + self.value_coefficient * value
         if self.entropy_coefficient:
+            assert output.entropy is not None
             bonus = masked_mean(output.entropy, batch.mask, normalizer=batch.total_tokens)
             loss = loss - self.entropy_coefficient * bonus
         return Loss(value=loss, metrics={**policy.metrics, "value_loss": value.detach()})

@@ -18,6 +18,7 @@ from rlhf_engine import Preference, Stage, hookimpl
 from rlhf_engine.checkpoint import write_folder
 from rlhf_engine.config import ConfigError
 from rlhf_engine.run import Run
+
 from .baseline import bag_of_words_accuracy
 from .plot import draw
 
@@ -146,8 +147,8 @@ def text_judges(run: Run, pairs: list[Preference]) -> Iterator[tuple[str, float]
     """How often each reward that judges texts alone agrees with the pairs (a tie counts as half)."""
     for impl in run.hook.rlhf_reward.get_hookimpls():
         if set(impl.argnames) == {"texts"}:
-            chosen = impl.function(texts=[pair.chosen for pair in pairs])
-            rejected = impl.function(texts=[pair.rejected for pair in pairs])
+            chosen: Any = impl.function(texts=[pair.chosen for pair in pairs])
+            rejected: Any = impl.function(texts=[pair.rejected for pair in pairs])
             difference = torch.sign(chosen.values - rejected.values)
             yield chosen.name, float((difference + 1).mean() / 2)
 

@@ -27,7 +27,8 @@ class RLOO:
     @hookimpl
     def rlhf_advantages(self, rewarded: Rewarded) -> Advantages:
         scores = rewarded.rewards.sum(1)  # the score, less a KL penalty if one is active
-        return Advantages(leave_one_out(scores, rewarded.group)[:, None] * rewarded.mask, None)
+        advantages = leave_one_out(scores, rewarded.group)
+        return Advantages(advantages[:, None] * rewarded.mask, scores[:, None] * rewarded.mask)
 
     @hookimpl
     def rlhf_loss(self, output: Output, batch: Batch) -> Loss:

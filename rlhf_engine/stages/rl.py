@@ -220,8 +220,11 @@ def sequence_metrics(scored: Scored) -> dict[str, float]:
         "entropy": -masked_mean(scored.old_logp, scored.mask),
     }
     if scored.ref_logp is not None:
-        for name, kind in (("kl", "k1"), ("kl_k3", "k3")):
-            per_token = kl_estimate(scored.old_logp, scored.ref_logp, kind=kind)
+        estimates = {
+            "kl": kl_estimate(scored.old_logp, scored.ref_logp, kind="k1"),
+            "kl_k3": kl_estimate(scored.old_logp, scored.ref_logp, kind="k3"),
+        }
+        for name, per_token in estimates.items():
             metrics[name] = per_token.masked_fill(~scored.mask, 0.0).sum(1).mean()
     return {name: float(value) for name, value in metrics.items()}
 
@@ -250,10 +253,10 @@ def rollout_metrics(batch: Batch) -> dict[str, float]:
         **{f"score/{name}": values.nanmean() for name, values in batch.rewards_by_name.items()},
         "reward": batch.rewards.sum(1).mean(),
     }
-    if batch.returns is not None and batch.values is not None:
-        error = (batch.returns - batch.values)[batch.mask]
-        target = batch.returns[batch.mask]
-        metrics["return"] = target.mean()
+    target = batch.returns[batch.mask]
+    metrics["return"] = target.mean()
+    if batch.values is not None:
+        error = target - batch.values[batch.mask]
         metrics["value_error"] = error.square().mean()
         metrics["explained_variance"] = 1 - error.var(unbiased=False) / target.var(unbiased=False).clamp(min=1e-12)
     return {

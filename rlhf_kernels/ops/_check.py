@@ -1,4 +1,4 @@
-"""Argument checks shared by the operations. Each raises the clear error itself and returns nothing else."""
+"""What the operations ask of their arguments. A check raises the clear error itself."""
 
 from collections.abc import Sequence
 
@@ -51,6 +51,11 @@ def token_ids(tokens: Tensor, vocabulary: int) -> None:
             f"tokens{where} is {int(tokens[tuple(where)])}, outside [0, {vocabulary}): a counted position "
             "needs an id of this vocabulary (a position that the mask leaves out may hold anything)"
         )
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether the host may look at values: they lie in its memory, so that it need not wait for a device."""
+    return x.device.type == "cpu"
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

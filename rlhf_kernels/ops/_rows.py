@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_kernels.ops import _check
+
 # A tile fits one core's L2 cache (2 MiB of float32), and is still large enough to hide the cost of a launch.
 CPU_TILE_ELEMENTS_PER_THREAD = 2**19
 DEVICE_TILE_ELEMENTS = 2**26
@@ -24,8 +26,8 @@ def rows_first(x: Tensor) -> Tensor:
 def tile_rows(x: Tensor, dtype: torch.dtype) -> int:
     """Rows of x [..., V] in a tile of this dtype: it fits the cache and takes at most 1/24 of x's memory,
     unless x is small."""
-    on_cpu = x.device.type == "cpu"
-    budget = CPU_TILE_ELEMENTS_PER_THREAD * torch.get_num_threads() if on_cpu else DEVICE_TILE_ELEMENTS
+    on_host = _check.on_host(x)
+    budget = CPU_TILE_ELEMENTS_PER_THREAD * torch.get_num_threads() if on_host else DEVICE_TILE_ELEMENTS
     share = x.numel() * x.element_size() // (24 * dtype.itemsize)
     return max(1, min(budget, max(share, SMALLEST_TILE_ELEMENTS)) // max(1, x.shape[-1]))
 
@@ -89,7 +91,7 @@ def joined(columns: list[Tensor], like: Tensor) -> Tensor:
 
 def zero_rows(tile: Tensor, rows: Tensor) -> None:
     """Set the rows of tile [A, B, V] where rows [A, B, 1] is True to exactly 0, whatever they hold."""
-    if tile.device.type == "cpu":  # by index: a masked fill visits every element, slowly
+    if _check.on_host(tile):  # by index: a masked fill visits every element, slowly
         tile[rows.squeeze(-1).nonzero(as_tuple=True)] = 0
     else:
         tile.masked_fill_(rows, 0)
@@ -117,6 +119,6 @@ def inverse_temperature(
     if mask is not None:
         temperature = temperature.masked_fill(~mask, 1)
     valid = (temperature > 0) & temperature.isfinite()
-    if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(valid.all()):
+    if _check.on_host(temperature) and not torch.compiler.is_compiling() and not bool(valid.all()):
         raise ValueError(f"temperature must be positive and finite in every row, got {temperature[~valid][0].item()}")
     return torch.where(valid, temperature, math.nan).reciprocal()

@@ -101,7 +101,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """p and q [A, B, V], masked [A, B, 1] -> KL, and the rows that send no gradient (None: all do), [A, B, 1]."""
     dtype = _check.accumulation_dtype(p, q)
-    on_cpu = p.device.type == "cpu"
+    on_host = _check.on_host(p)
     kl = torch.empty((*p.shape[:-1], 1), dtype=dtype, device=p.device)
     still = None if masked is None else masked.clone()
     scratch_p, scratch_q, scratch = (_rows.Scratch(p, dtype) for _ in range(3))
@@ -110,7 +110,7 @@ def _forward(
         log_p = _log_softmax(p[tile], inverse_part, scratch_p)
         log_q = _log_softmax(q[tile], inverse_part, scratch_q)
         # A CPU may look first whether any row is special; a GPU would have to wait for the answer.
-        possible = on_cpu and bool(log_q.amin() > -math.inf)
+        possible = on_host and bool(log_q.amin() > -math.inf)
         probability = torch.exp(log_p, out=scratch.like(log_p))
         column = _log_ratio(log_p, log_q).mul_(probability).sum(-1, keepdim=True)
         kl[tile] = column

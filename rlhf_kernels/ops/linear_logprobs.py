@@ -68,7 +68,7 @@ def linear_logprobs(
     if isinstance(inverse, Tensor):
         inverse = inverse.reshape(-1, 1)
     counted = None
-    if mask is not None and mask.device.type == "cpu":
+    if mask is not None and _check.on_host(mask):
         counted = mask.reshape(-1).nonzero().squeeze(-1)
         rows, safe_tokens = rows.index_select(0, counted), safe_tokens.index_select(0, counted)
         inverse = inverse.index_select(0, counted) if isinstance(inverse, Tensor) else inverse

@@ -115,7 +115,7 @@ def inside_vocabulary(tokens: Tensor, vocabulary: int, mask: Tensor | None) -> t
     [0, vocabulary). On a CPU those raise IndexError; a GPU would have to wait for the answer."""
     if mask is not None:
         tokens = tokens.masked_fill(~mask, 0)
-    if tokens.device.type == "cpu":
+    if _check.on_host(tokens):
         _check.token_ids(tokens, vocabulary)
         return tokens.long(), None
     outside = (tokens < 0) | (tokens >= vocabulary)
@@ -202,9 +202,9 @@ def _forward(
     1, and logp = -log(total). Rows where it overflows, or whose token has logit -inf, start again at their maximum.
     """
     dtype = _check.accumulation_dtype(logits)
-    on_cpu = logits.device.type == "cpu"
+    on_host = _check.on_host(logits)
     own = logits.gather(-1, tokens).to(dtype)
-    shift = own if on_cpu else _rows.finite_maximum(logits).to(dtype)
+    shift = own if on_host else _rows.finite_maximum(logits).to(dtype)
     totals, entropy_columns = [], []
     scratch = _rows.Scratch(logits, dtype)
     entropy_scratch = _rows.Scratch(logits, dtype) if entropy else None
@@ -221,10 +221,10 @@ def _forward(
     entropies = _rows.joined(entropy_columns, own) if entropy else None
 
     still = masked
-    if on_cpu and (total.numel() == 0 or bool(total.max() < _LARGEST_SUM)):
+    if on_host and (total.numel() == 0 or bool(total.max() < _LARGEST_SUM)):
         logp = total.log().neg_()
     else:
-        if on_cpu:
+        if on_host:
             shift = own.clone()
             _again_from_the_maximum(logits, inverse, masked, shift, total, entropies)
         empty = total == 0

@@ -27,7 +27,7 @@ def batch(prompts: list[str], responses: list[str]) -> Batch:
         values=numbers / 7,
     )
     rewarded = scored.extend(Rewarded, rewards=numbers * 3)
-    return rewarded.extend(Batch, advantages=numbers * 5, total_tokens=torch.tensor(99))
+    return rewarded.extend(Batch, advantages=numbers * 5, returns=-numbers, total_tokens=torch.tensor(99))
 
 
 THREE = batch(["ab", "c", "d"], ["abc.", "a.", "ab"])
@@ -58,7 +58,7 @@ def test_len_counts_rows() -> None:
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=7))
 def test_indexing_takes_the_same_rows_of_every_column_in_that_order(rows: list[int]) -> None:
     picked = THREE[torch.tensor(rows)]
-    assert len(columns(picked)) == 14
+    assert len(columns(picked)) == 15
     for name, column in columns(THREE).items():
         assert columns(picked)[name].tolist() == [column.tolist()[row] for row in rows], name
 

@@ -16,8 +16,8 @@ import pytest
 import rich
 from rich.console import Console
 
-from rlhf_engine import Document, hookimpl
-from rlhf_engine import cli, run as run_module
+from rlhf_engine import Document, cli, hookimpl
+from rlhf_engine import run as run_module
 from rlhf_engine.cli import main
 from rlhf_engine.manager import installed
 from tests.toys import World, run_file
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 Rlhf = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture()
+@pytest.fixture
 def rlhf(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Rlhf]:
     """The command `rlhf` in this process: its exit status, and what it wrote to stdout and stderr."""
     log = logging.getLogger("rlhf_engine")

@@ -162,8 +162,14 @@ def built(plugin: type, **table: Any) -> Any:
 def test_a_table_becomes_the_plugins_fields() -> None:
     made = built(Options, count=5, rate=1, bound=2.5, mode="slow", flag=True, path="/x", betas=[0, 1], names=["a"])
     assert vars(made) == {
-        **{"count": 5, "rate": 1.0, "bound": 2.5, "mode": "slow", "flag": True, "path": Path("/x")},
-        **{"betas": (0.0, 1.0), "names": ["a"]},
+        "count": 5,
+        "rate": 1.0,
+        "bound": 2.5,
+        "mode": "slow",
+        "flag": True,
+        "path": Path("/x"),
+        "betas": (0.0, 1.0),
+        "names": ["a"],
     }
     assert made.made == 0 and type(made.rate) is float
 

@@ -40,7 +40,7 @@ class Constant:
 
     @hookimpl
     def rlhf_advantages(self, rewarded: Any) -> Advantages:
-        return Advantages(torch.ones_like(rewarded.rewards), None)
+        return Advantages(torch.ones_like(rewarded.rewards), rewarded.rewards)
 
     @hookimpl
     def rlhf_loss(self, output: Output, batch: Batch) -> Loss:
@@ -122,9 +122,9 @@ def test_an_algorithm_that_compares_responses_wants_more_than_one(algorithm: typ
 def test_no_algorithm_or_no_reward_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint("count", "tests.toys:Count", "rlhf_engine")
     monkeypatch.setattr(manager_module, "installed", lambda: {"count": entry})
-    with pytest.raises(PluginError, match="the engine needs an answer to rlhf_reward, .* Could: count"):
+    with pytest.raises(PluginError, match=r"the engine needs an answer to rlhf_reward, .* Could: count"):
         engine(GRPO())
-    with pytest.raises(PluginError, match="the engine needs an answer to rlhf_advantages, .* Could: none that is inst"):
+    with pytest.raises(PluginError, match=r"the engine needs an answer to rlhf_advantages, .* Could: none that"):
         engine(Count())
 
 
@@ -233,7 +233,9 @@ def test_scores_are_the_weighted_sum_of_the_rewards() -> None:
     scored = made.score(rollout, PROMPTS)
     assert scored.scores.tolist() == [2 * 2 - 0.5, -0.5]
     assert {name: values.tolist() for name, values in scored.rewards_by_name.items()} == {
-        **{"count_a": [2.0, 0.0], "count_b": [1.0, 1.0], "count_c": [0.0, 0.0]}
+        "count_a": [2.0, 0.0],
+        "count_b": [1.0, 1.0],
+        "count_c": [0.0, 0.0],
     }
     assert made.weights == {"count_a": 2.0, "count_b": -0.5, "count_c": 0.0}
 
@@ -433,7 +435,7 @@ def test_an_answer_that_is_not_one_number_per_token_is_refused(answer: Any, want
     class AdvantagesOf(Constant):
         @hookimpl
         def rlhf_advantages(self) -> Any:
-            return Advantages(answer, None)
+            return Advantages(torch.ones(2, 3), answer)
 
     rollout = written(["a", "b"], ["abc", "a"])
     asked = r"; one number per token was asked: a tensor of shape \(2, 3\)"

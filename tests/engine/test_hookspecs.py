@@ -84,9 +84,11 @@ def test_a_run_that_is_interrupted_and_resumed_calls_every_hook(
         if (stage, step) == ("reward", 2):
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    run = watched()
+    with monkeypatch.context() as patch:
         patch.setattr(Run, "step_end", interrupted)
-        watched().execute()
+        with pytest.raises(KeyboardInterrupt):
+            run.execute()
     assert "rlhf_load" not in called
     watched().execute()
     assert called == set(CONTRACT)

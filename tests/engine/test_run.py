@@ -211,7 +211,7 @@ def test_a_stage_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
         run.execute()
 
 
-@pytest.fixture()
+@pytest.fixture
 def few_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the test the import of every installed plugin."""
     monkeypatch.setattr("rlhf_engine.run.candidates", lambda hook: ["pretrain", "reward", "rl"])

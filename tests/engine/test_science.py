@@ -268,6 +268,7 @@ def test_10_a_warning_says_so_where_it_is_not(
 def test_10_every_sample_is_learned_from_once_an_epoch_and_there_are_four(tmp_path: Path) -> None:
     assert RL().epochs == 4
     orders = RL(epochs=4, minibatch_size=3)._order(8)
+    assert torch.cat(orders[:3]).tolist() == list(range(8))  # the batches that old_logp was computed in
     assert [len(part) for part in orders] == [3, 3, 2] * 4
     epochs = [torch.cat(orders[start : start + 3]).tolist() for start in (0, 3, 6, 9)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
@@ -279,7 +280,7 @@ def test_10_every_sample_is_learned_from_once_an_epoch_and_there_are_four(tmp_pa
 # ------------------------------------------------------------------------------- 11: the optimizer and its rate
 
 
-def test_11_adams_epsilon_is_1e_5(tmp_path: Path) -> None:
+def test_11_adams_epsilon_is_1e_5() -> None:
     optimizer = manager([]).hook.rlhf_optimizer(parameters=[nn.Parameter(torch.ones(1))], learning_rate=0.5, stage="rl")
     assert isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
     assert {group["eps"] for group in optimizer.param_groups} == {1e-5}

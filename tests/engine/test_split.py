@@ -22,15 +22,15 @@ def test_normalise_changes_nothing_that_is_normalised(text):
     assert normalise(normalise(text)) == normalise(text)
 
 
-# sha256 of the normalised text over 2^256, worked out apart from this code.
+# sha256 of "split 2: " and the normalised text over 2^256, worked out apart from this code.
 @pytest.mark.parametrize(
     ("text", "position"),
     [
-        ("Four", 0.019282283275381375),
-        ("Spiderman ROCKS", 0.09828604377545873),
-        ("Family fare.", 0.2324575042633195),
-        ("One!", 0.46317694643699076),
-        ("A good film.", 0.9559919932383236),
+        ("Very good.", 0.01361587300637505),
+        ("Seven", 0.05300087313467027),
+        ("Five", 0.14833490776148336),
+        ("Family fare.", 0.5328122459809369),
+        ("Spiderman ROCKS", 0.6596410970572224),
     ],
 )
 def test_part_is_the_same_on_every_machine(text, position):
@@ -40,7 +40,7 @@ def test_part_is_the_same_on_every_machine(text, position):
 
 
 def test_part_by_default():
-    texts = {"Spiderman ROCKS": "heldout", "Five": "gold", "Family fare.": "train"}
+    texts = {"Seven": "heldout", "Five": "gold", "Family fare.": "train"}
     assert {text: part(text) for text in texts} == texts
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import exact_kl
-from rlhf_kernels.ops import _rows
+from rlhf_kernels.ops import _check, _rows
 from tests.kernels.memory import peak_growth
 
 INF = math.inf
@@ -29,6 +29,14 @@ def gradients(kl: Tensor, upstream: Tensor, inputs) -> tuple[Tensor, ...]:
 
 def close(actual: Tensor, expected: Tensor, atol: float, rtol: float = 0) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
+
+
+@pytest.fixture(params=["host", "device"])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways through the code: where the host may look at values, and where it would have to wait for them."""
+    if request.param == "device":
+        monkeypatch.setattr(_check, "on_host", lambda x: False)
+    return request.param
 
 
 def test_known_answers() -> None:
@@ -55,7 +63,7 @@ def test_matches_the_textbook(vocabulary: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("asks", ["p", "q", "both"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, "rows"])
-def test_gradcheck_in_float64(asks: str, temperature) -> None:
+def test_gradcheck_in_float64(asks: str, temperature, place: str) -> None:
     p, q = example(2, 3, 6, dtype=torch.float64)
     temperature = torch.rand(2, 3).double() + 0.5 if temperature == "rows" else temperature
     mask = torch.tensor([[True, False, True], [True, True, True]])
@@ -77,13 +85,14 @@ def test_equal_logits_give_exactly_zero() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_probabilities_of_zero(dtype: torch.dtype, compiled: bool) -> None:
+def test_probabilities_of_zero(dtype: torch.dtype, masked: bool, compiled: bool, place: str) -> None:
     p = torch.tensor([[1.0, -INF, 0], [1, 2, 0], [-INF] * 3, [1, -INF, 0], [-INF] * 3, [1, 2, 3], [1, 2, 3]])
     q = torch.tensor([[1.0, -INF, 3], [1, 2, -INF], [1, 2, 3], [1, 2, 0], [-INF] * 3, [-INF] * 3, [3, 2, 1]])
     p, q = p.to(dtype).requires_grad_(), q.to(dtype).requires_grad_()
     function = torch.compile(exact_kl, fullgraph=True, backend="eager") if compiled else exact_kl
-    kl = function(p, q)
+    kl = function(p, q, mask=torch.ones(7, dtype=torch.bool) if masked else None)
     both_zero = textbook(p[0, ::2], q[0, ::2]).item()
     one_zero = textbook(p[3, ::2], q[3, ::2]).item() + math.log(1 + math.e**2 / (math.e + 1))
     expected = [both_zero, INF, 0, one_zero, 0, INF, textbook(p[6], q[6]).item()]
@@ -105,7 +114,7 @@ def test_logits_far_from_zero(offset: float) -> None:
 
 
 @pytest.mark.parametrize("junk", [math.nan, INF, -INF])
-def test_junk_under_the_mask_does_not_matter(junk: float) -> None:
+def test_junk_under_the_mask_does_not_matter(junk: float, place: str) -> None:
     p, q = example(4, 5, 30)
     mask = torch.rand(4, 5) < 0.6
     temperature = torch.rand(4, 5) + 0.5

@@ -6,18 +6,22 @@ from torch import Tensor
 
 import rlhf_kernels.ops.linear_logprobs as module
 from rlhf_kernels import linear_logprobs
+from rlhf_kernels.ops import _check
 from tests.kernels.memory import peak_growth
 
 INF = math.inf
 
 
-@pytest.fixture(params=["kept", "recomputed"])
+@pytest.fixture(params=["kept", "recomputed", "device"])
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways through the backward pass, in small tiles."""
+    """The ways through the code, in small tiles: the exponentials are kept, or computed again; and kept where the
+    host would have to wait for a device to look at values."""
     monkeypatch.setattr(module, "_TILE_BYTES", 1)
     monkeypatch.setattr(module, "_FEWEST_TILE_ROWS", 5)
     if request.param == "recomputed":
         monkeypatch.setattr(module, "_KEPT_BYTES", -1)
+    if request.param == "device":
+        monkeypatch.setattr(_check, "on_host", lambda x: False)
     return request.param
 
 
@@ -157,7 +161,7 @@ def test_frozen_inputs_get_no_gradient_and_cost_no_product(memory: str, asks: st
     forbidden = {"hidden": "addmm_", "weight": "mm", "bias": "mm"}[asks]
     if forbidden == "addmm_":
         monkeypatch.setattr(Tensor, "addmm_", lambda *_: products.append("dW"))
-    elif memory == "kept":
+    elif memory != "recomputed":
         monkeypatch.setattr(torch, "mm", lambda *_, **__: products.append("dX"))
     actual = torch.autograd.grad(logp.sum(), leaves[asks])[0]
     monkeypatch.undo()

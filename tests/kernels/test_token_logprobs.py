@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf_kernels import token_logprobs
-from rlhf_kernels.ops import _rows
+from rlhf_kernels.ops import _check, _rows
 from tests.kernels.memory import peak_growth
 
 INF = math.inf
@@ -50,6 +50,14 @@ def close(actual: Tensor, expected: Tensor, atol: float) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=atol, equal_nan=False)
 
 
+@pytest.fixture(params=["host", "device"])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways through the code: where the host may look at values, and where it would have to wait for them."""
+    if request.param == "device":
+        monkeypatch.setattr(_check, "on_host", lambda x: False)
+    return request.param
+
+
 # ------------------------------------------------------------------------------------------ the formula
 
 
@@ -82,7 +90,7 @@ def test_any_leading_dimensions(leading: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.7, 2.0, "rows"])
-def test_temperature_divides_in_forward_and_backward(temperature) -> None:
+def test_temperature_divides_in_forward_and_backward(temperature, place: str) -> None:
     logits, tokens = example(4, 6, 50)
     if temperature == "rows":
         temperature = torch.rand(4, 6) + 0.3
@@ -98,7 +106,7 @@ def test_temperature_divides_in_forward_and_backward(temperature) -> None:
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, "rows"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradcheck_in_float64(entropy: bool, temperature, masked: bool) -> None:
+def test_gradcheck_in_float64(entropy: bool, temperature, masked: bool, place: str) -> None:
     logits, tokens = example(2, 3, 7)
     mask = torch.tensor([[True, False, True], [True, True, False]]) if masked else None
     temperature = torch.rand(2, 3).double() + 0.5 if temperature == "rows" else temperature
@@ -130,7 +138,7 @@ def test_the_entropy_changes_no_bit_of_logp() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_logits_of_minus_infinity(dtype: torch.dtype, temperature: float) -> None:
+def test_logits_of_minus_infinity(dtype: torch.dtype, temperature: float, place: str) -> None:
     logits, tokens = example(6, 3000, dtype=dtype)
     tokens[:] = torch.tensor([1500, 2999, 0, 5, 7, 7])
     logits[0, torch.rand(3000) < 0.5] = -INF  # scattered
@@ -160,14 +168,14 @@ def test_logits_of_minus_infinity(dtype: torch.dtype, temperature: float) -> Non
     torch.testing.assert_close(logits.grad[at].double(), expected, rtol=rounding, atol=5e-6)
 
 
-def test_an_infinite_upstream_gradient_stays_out_of_a_row_of_minus_infinity() -> None:
+def test_an_infinite_upstream_gradient_stays_out_of_a_row_of_minus_infinity(place: str) -> None:
     logits = torch.full((2, 5), -INF, requires_grad=True)
     token_logprobs(logits, torch.tensor([0, 4])).logp.backward(torch.tensor([INF, math.nan]))
     assert torch.equal(logits.grad, torch.zeros(2, 5))
 
 
 @pytest.mark.parametrize("offset", [-200.0, 1e4, -1e4])
-def test_logits_far_from_zero(offset: float) -> None:
+def test_logits_far_from_zero(offset: float, place: str) -> None:
     logits, tokens = example(8, 1000)
     logits = logits + offset
     result = token_logprobs(logits, tokens, entropy=True)
@@ -176,7 +184,7 @@ def test_logits_far_from_zero(offset: float) -> None:
     close(result.entropy, entropy, 4e-6)
 
 
-def test_logits_far_apart() -> None:
+def test_logits_far_apart(place: str) -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [1e4, 1e4, -1e4], [60.0, -60.0, 0.0], [1e38, -1e38, 0.0]])
     for token in range(3):
         tokens = torch.full((4,), token)
@@ -189,12 +197,19 @@ def test_logits_far_apart() -> None:
         close(leaf.grad, textbook_gradient(logits, tokens, torch.ones(4)), 1e-6)
 
 
+def test_an_unlikely_token_and_a_small_upstream_gradient() -> None:
+    logits, tokens = torch.tensor([[40.0, -45.0, 39.0], [-30.0, 30.0, 0.0]], requires_grad=True), torch.tensor([1, 0])
+    upstream = torch.tensor([1e-3, 1e-3])
+    token_logprobs(logits, tokens).logp.backward(upstream)
+    close(logits.grad, textbook_gradient(logits.detach(), tokens, upstream), 1e-9)
+
+
 # --------------------------------------------------------------------------------------------- the mask
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("junk", [math.nan, INF, -INF, 3e38])
-def test_junk_under_the_mask_does_not_matter(dtype: torch.dtype, junk: float) -> None:
+def test_junk_under_the_mask_does_not_matter(dtype: torch.dtype, junk: float, place: str) -> None:
     logits, tokens = example(5, 7, 300, dtype=dtype)
     mask = torch.rand(5, 7) < 0.6
     clean = logits.clone().requires_grad_()
@@ -214,7 +229,7 @@ def test_junk_under_the_mask_does_not_matter(dtype: torch.dtype, junk: float) ->
     assert torch.equal(results[0][0][mask], without.logp[mask])
 
 
-def test_everything_masked() -> None:
+def test_everything_masked(place: str) -> None:
     logits = torch.full((3, 4), math.nan, requires_grad=True)
     logp = token_logprobs(logits, torch.full((3,), 99), mask=torch.zeros(3, dtype=torch.bool)).logp
     logp.sum().backward()
@@ -226,7 +241,7 @@ def test_everything_masked() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (3, 0, 5), (1, 5), (1, 1)])
-def test_no_rows_and_one_row(shape: tuple[int, ...]) -> None:
+def test_no_rows_and_one_row(shape: tuple[int, ...], place: str) -> None:
     logits, tokens = example(*shape)
     logits.requires_grad_()
     result = token_logprobs(logits, tokens, entropy=True)
@@ -400,6 +415,16 @@ def test_a_counted_id_outside_the_vocabulary_raises(bad: int) -> None:
     assert token_logprobs(torch.randn(2, 2, 5), tokens, mask=mask).logp[1, 0] == 0
 
 
+def test_a_device_answers_nan_where_it_cannot_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_check, "on_host", lambda x: False)
+    mask = torch.tensor([True, True, True, True, False, False])
+    temperature = torch.tensor([1.0, 1, 1, 0, 0, 1])
+    logits = torch.randn(6, 5, requires_grad=True)
+    logp = token_logprobs(logits, torch.tensor([0, 5, -1, 0, 0, 9]), temperature=temperature, mask=mask).logp
+    assert logp.isnan().tolist() == [False, True, True, True, False, False]
+    assert not logp[4:].any()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -427,7 +452,8 @@ def test_bad_arguments(change: dict, error: type[Exception], message: str) -> No
 @pytest.mark.parametrize(
     ("backward", "inplace", "allowed"), [(False, False, 0.1), (True, False, 1.1), (True, True, 0.1)]
 )
-def test_memory_beside_the_logits(backward: bool, inplace: bool, allowed: float) -> None:
+def test_memory_beside_the_logits(backward: bool, inplace: bool, allowed: float, monkeypatch) -> None:
+    monkeypatch.setattr(_rows, "CPU_TILE_ELEMENTS_PER_THREAD", 2**40)  # as if there were very many threads
     small, small_tokens = example(64, 1000)
     token_logprobs(small.requires_grad_(), small_tokens).logp.sum().backward()  # so that nothing is loaded later
     logits, tokens = example(4096, 8000, scale=1.0)

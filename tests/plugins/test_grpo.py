@@ -34,7 +34,7 @@ def test_advantages_compare_the_responses_of_a_group_token_by_token_the_same() -
         one, zero = deviations
         expected = torch.tensor([3 / one, -2 / zero, 0.0, -1 / zero, -3 / one, 3 / zero])
         torch.testing.assert_close(answer.advantages, expected[:, None] * shuffled.mask)
-        assert answer.returns is None
+        torch.testing.assert_close(answer.returns, scores[:, None] * shuffled.mask)
 
 
 LOG_RATIO = torch.tensor([[0.1, -0.1, 0.05], [0.02, 0.0, 0.0], [-0.05, 0.15, 0.0]])

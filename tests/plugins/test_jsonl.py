@@ -34,9 +34,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_step_is_a_line_with_its_metrics(tmp_path: Path) -> None:
     log(started(tmp_path), 1, 2)
-    assert lines(tmp_path)[1] == {
-        **{"stage": "rl", "step": 2, "steps": 9, "score": 2 / 3, "samples": [{"response": "é"}]}
-    }
+    assert lines(tmp_path)[1] == {"stage": "rl", "step": 2, "steps": 9, "score": 2 / 3, "samples": [{"response": "é"}]}
 
 
 def test_steps_after_the_checkpoint_are_dropped_when_it_is_loaded(tmp_path: Path) -> None:

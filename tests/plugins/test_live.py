@@ -22,14 +22,14 @@ class Clock:
         return self.now
 
 
-@pytest.fixture()
+@pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(live_module, "time", clock)
     return clock
 
 
-@pytest.fixture()
+@pytest.fixture
 def console(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Console:
     console = Console(file=io.StringIO(), force_terminal=getattr(request, "param", False), width=120)
     monkeypatch.setattr(live_module, "get_console", lambda: console)

@@ -62,8 +62,11 @@ def test_a_whole_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "bag of words 0." in accuracy["beside"] or "bag of words 1." in accuracy["beside"]
     assert "gold [b] 0." in accuracy["beside"] and accuracy["beside"].endswith("one human rater 0.900")
     assert rows["KL in a cycle's first minibatch"] == {
-        **{"what": "KL in a cycle's first minibatch", "reached": "0", "beside": "largest of 2 cycles"},
-        **{"wanted": "exactly 0", "met": True},
+        "what": "KL in a cycle's first minibatch",
+        "reached": "0",
+        "beside": "largest of 2 cycles",
+        "wanted": "exactly 0",
+        "met": True,
     }
     text = (folder / "report.md").read_text()
     assert "| held-out perplexity |" in text and "NOT REACHED" in text and "plot.png" in text

@@ -25,7 +25,7 @@ def test_a_response_is_compared_with_the_mean_of_the_others() -> None:
     answer = RLOO().rlhf_advantages(rewarded(rollout, rewards=rewards))
     expected = torch.tensor([3.0, -3.0, -3.0, 3.0, 0.0])
     assert torch.equal(answer.advantages, expected[:, None] * rollout.mask)
-    assert answer.returns is None
+    assert torch.equal(answer.returns, scores[:, None] * rollout.mask)
 
 
 def test_the_kl_penalty_is_part_of_the_score() -> None:
