@@ -51,7 +51,8 @@ def _keep_traceback(error: Exception, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").write_text(text, "utf-8")
     except OSError as fault:
-        error.add_note(f"{text}This could not be written to {folder / 'error.txt'}: {fault}")
+        if not isinstance(error, EXPLAINED):
+            error.add_note(f"{text}This could not be written to {folder / 'error.txt'}: {fault}")
     else:
         error.add_note(f"The full traceback is in {folder / 'error.txt'}.")
 

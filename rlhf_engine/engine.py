@@ -146,13 +146,13 @@ class Engine:
 
     def token_rewards(self, scored: Scored) -> Rewarded:
         """A reward for every token: by default the score at the last one, less a KL penalty if one is active."""
-        rewards = self.hook.rlhf_token_rewards(scored=scored)
-        return scored.extend(Rewarded, rewards=_per_token(rewards, scored, "rlhf_token_rewards"))
+        ask = self.hook.rlhf_token_rewards
+        return scored.extend(Rewarded, rewards=_per_token(ask(scored=scored), scored, ask))
 
     def advantages(self, rewarded: Rewarded) -> Batch:
         """The algorithm's advantages, and the critic's targets."""
-        answer = self.hook.rlhf_advantages(rewarded=rewarded)
-        advantages, returns = (_per_token(part, rewarded, "rlhf_advantages") for part in answer)
+        ask = self.hook.rlhf_advantages
+        advantages, returns = (_per_token(part, rewarded, ask) for part in ask(rewarded=rewarded))
         return rewarded.extend(Batch, advantages=advantages, returns=returns)
 
     def experience(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Batch:
@@ -185,7 +185,7 @@ class Engine:
         """
         if batch.total_tokens is None:
             batch = with_totals(batch)
-        return self.hook.rlhf_loss(output=self.output(batch), batch=batch)
+        return ask_loss(self.hook.rlhf_loss, output=self.output(batch), batch=batch)
 
     def update(self, batch: Batch, optimizer: Optimizer, *, max_grad_norm: float = 1.0) -> dict[str, float]:
         """One optimizer step on a minibatch, in pieces of `rows_per_forward` whose gradients add up exactly.
@@ -347,13 +347,27 @@ def _described(answer: Any) -> str:
     return f"a tensor of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
 
 
-def _per_token(answer: Any, rollout: Rollout, hook: str) -> Tensor:
+def _place(ask: pluggy.HookCaller) -> str:
+    return f"{ask.name} (answered by {', '.join(impl.plugin_name for impl in reversed(ask.get_hookimpls()))})"
+
+
+def _per_token(answer: Any, rollout: Rollout, ask: pluggy.HookCaller) -> Tensor:
     """The answer of a hook, which must have one number per response token."""
     if not isinstance(answer, Tensor) or answer.shape != rollout.mask.shape:
         raise PluginError(
-            f"{hook} returned {_described(answer)}; one number per token was asked: a tensor of shape "
+            f"{_place(ask)} returned {_described(answer)}; one number per token was asked: a tensor of shape "
             f"{tuple(rollout.mask.shape)}"
         )
+    return answer
+
+
+def ask_loss(ask: pluggy.HookCaller, **arguments: Any) -> Loss:
+    """The answer of a hook, which must be a `Loss` with a scalar value."""
+    answer = ask(**arguments)
+    if not isinstance(answer, Loss):
+        raise PluginError(f"{_place(ask)} returned {_described(answer)}; return Loss(value=..., metrics={{...}})")
+    if answer.value.dim():
+        raise PluginError(f"{_place(ask)} returned a Loss of {_described(answer.value)}; its value must be a scalar")
     return answer
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from rlhf_engine.batch import Document, Output, Split
-from rlhf_engine.engine import combine, step_optimizer
+from rlhf_engine.engine import ask_loss, combine, step_optimizer
 from rlhf_engine.hookspecs import Stage, hookimpl
 from rlhf_engine.models import Models, Policy, Tokenizer
 from rlhf_engine.run import Run
@@ -70,9 +70,8 @@ class Pretrain:
         while at["step"] < self.steps:
             linear_to_zero(optimizer, at["step"], self.steps, warmup=self.warmup)
             tokens = blocks[at["cursor"] : at["cursor"] + self.batch_size].to(models.device)
-            loss = run.hook.rlhf_lm_loss(
-                output=next_token_output(policy, tokens), mask=torch.ones_like(tokens[:, 1:]).bool()
-            )
+            everything = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+            loss = ask_loss(run.hook.rlhf_lm_loss, output=next_token_output(policy, tokens), mask=everything)
             loss.value.backward()
             norm = step_optimizer(optimizer, policy.parameters(), self.max_grad_norm)
             at["step"] += 1

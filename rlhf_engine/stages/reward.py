@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_engine.batch import Preference
-from rlhf_engine.engine import combine, step_optimizer
+from rlhf_engine.engine import ask_loss, combine, step_optimizer
 from rlhf_engine.hookspecs import Stage, hookimpl
 from rlhf_engine.models import Critic, Models
 from rlhf_engine.run import Run
@@ -64,7 +64,7 @@ class RewardModel:
         while at["step"] < self.steps:
             linear_to_zero(optimizer, at["step"], self.steps, warmup=self.warmup)
             pairs = next(batches)
-            loss = run.hook.rlhf_preference_loss(**score_pairs(models, pairs))
+            loss = ask_loss(run.hook.rlhf_preference_loss, **score_pairs(models, pairs))
             loss.value.backward()
             norm = step_optimizer(optimizer, model.parameters(), self.max_grad_norm)
             at["step"] += 1

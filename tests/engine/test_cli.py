@@ -170,6 +170,13 @@ def test_a_traceback_that_cannot_be_kept_is_shown(rlhf: Rlhf, tmp_path: Path) ->
     assert f"This could not be written to {tmp_path / 'out' / 'error.txt'}: " in err
 
 
+def test_a_known_error_needs_no_traceback_where_it_cannot_be_kept(rlhf: Rlhf, tmp_path: Path) -> None:
+    (tmp_path / "out" / "error.txt").mkdir(parents=True)
+    status, _, err = rlhf("run", run_file(tmp_path, grpo={"clip": "wide"}))
+    assert status == 2
+    assert err.count("\n") == 1
+
+
 def test_what_a_message_says_is_not_taken_for_markup(rlhf: Rlhf, tmp_path: Path) -> None:
     path = tmp_path / "[bold]run.toml"
     assert f"error: {path}: no such run file" in rlhf("run", path)[2]

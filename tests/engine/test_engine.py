@@ -324,6 +324,13 @@ def test_a_plain_function_is_a_reward() -> None:
     scored = made.score(written(["a", "b", "c"], ["abc", "ab", "a."]), PROMPTS)
     assert scored.scores.tolist() == [-4.0, -2.0 + 0.5]
     assert made.weights == {"short": 2.0, "of_tokens": 0.5}
+
+    class Judge:
+        def __call__(self, texts: list[str]) -> list[int]:
+            return [len(text) for text in texts]
+
+    scored = engine(Constant(), FunctionReward(Judge())).score(written(["a"], ["ab"]), PROMPTS)
+    assert {name: values.tolist() for name, values in scored.rewards_by_name.items()} == {"Judge": [2.0]}
     with pytest.raises(TypeError, match=r"reward function <lambda> asks for 'text'; offered: texts, prompts"):
         FunctionReward(lambda text: [1.0])
 
@@ -439,10 +446,43 @@ def test_an_answer_that_is_not_one_number_per_token_is_refused(answer: Any, want
 
     rollout = written(["a", "b"], ["abc", "a"])
     asked = r"; one number per token was asked: a tensor of shape \(2, 3\)"
-    with pytest.raises(PluginError, match=f"rlhf_token_rewards returned {wanted}{asked}"):
+    with pytest.raises(PluginError, match=rf"rlhf_token_rewards \(answered by Rewards\) returned {wanted}{asked}"):
         engine(Constant(), Count(), Rewards()).experience(rollout, PROMPTS)
-    with pytest.raises(PluginError, match=f"rlhf_advantages returned {wanted}{asked}"):
+    with pytest.raises(PluginError, match=rf"rlhf_advantages \(answered by AdvantagesOf\) returned {wanted}{asked}"):
         engine(AdvantagesOf(), Count()).experience(rollout, PROMPTS)
+
+
+def test_an_answer_is_laid_to_everyone_who_took_part_in_it() -> None:
+    class Around:
+        @hookimpl(wrapper=True)
+        def rlhf_token_rewards(self) -> Any:
+            return (yield).sum(1)
+
+    with pytest.raises(
+        PluginError, match=r"rlhf_token_rewards \(answered by Around, engine defaults\) returned a tensor"
+    ):
+        engine(Constant(), Count(), Around()).experience(written(["a"], ["ab"]), PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted"),
+    [
+        (torch.tensor(1.0), r"returned a tensor of shape \(\); return Loss\(value=\.\.\., metrics=\{\.\.\.\}\)"),
+        (1.0, "returned a float; return Loss"),
+        (Loss(value=torch.ones(2)), r"returned a Loss of a tensor of shape \(2,\); its value must be a scalar"),
+        (None, "rlhf_loss needs an answer, and Losing gave None"),
+    ],
+)
+def test_an_answer_that_is_no_scalar_loss_is_refused(answer: Any, wanted: str) -> None:
+    class Losing(Constant):
+        @hookimpl
+        def rlhf_loss(self) -> Any:
+            return answer
+
+    made = engine(Losing(), Count())
+    batch = made.experience(written(["a"], ["ab"]), PROMPTS)
+    with pytest.raises(PluginError, match=wanted):
+        made.loss(batch)
 
 
 # --------------------------------------------------------------------------------------------- loss and update

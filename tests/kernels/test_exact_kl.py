@@ -107,6 +107,16 @@ def test_probabilities_of_zero(dtype: torch.dtype, masked: bool, compiled: bool,
     close(grad_q[3], probability, atol=1e-6, rtol=2**-8 if dtype == torch.bfloat16 else 0)
 
 
+def test_a_row_of_p_without_any_possible_token_beside_an_ordinary_q(place: str) -> None:
+    p, q = example(3, 5)
+    p[1] = -INF
+    leaves = [x.requires_grad_() for x in (p, q)]
+    kl = exact_kl(p, q)
+    assert kl[1] == 0 and kl.isfinite().all()
+    for gradient in gradients(kl, torch.full((3,), 2.0), leaves):
+        assert not gradient[1].any() and gradient.isfinite().all() and gradient[0].any()
+
+
 @pytest.mark.parametrize("offset", [-200.0, 1e4])
 def test_logits_far_from_zero(offset: float) -> None:
     p, q = (x + offset for x in example(8, 1000))

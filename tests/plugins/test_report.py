@@ -75,6 +75,14 @@ def test_a_whole_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "NOT REACHED" in said and "gold [b]" in said
 
 
+def test_where_the_samplers_log_probs_are_used_rounding_is_allowed(tmp_path: Path) -> None:
+    plugins = ["tests.toys:World", "tests.toys:Count", "grpo", "jsonl"]
+    run = Run(read_run_file(run_file(tmp_path, run={"stages": ["rl", "report"], "plugins": plugins})))
+    run.execute()
+    row = run.results("report")[-1]  # type: ignore[call-overload]
+    assert (row["what"], row["wanted"], row["met"]) == ("KL in a cycle's first minibatch", "<= 0.0001", True)
+
+
 @pytest.mark.parametrize("stages", [["pretrain"], ["rl"], ["reward"]])
 def test_what_was_not_run_is_not_reported(tmp_path: Path, stages: list[str]) -> None:
     rows = [row["what"] for row in reported(tmp_path, *stages).results("report")]  # type: ignore[index]
