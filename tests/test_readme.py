@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -40,9 +41,17 @@ def test_every_command_is_run_by_a_test() -> None:
 def test_commands_that_only_tell(command: str) -> None:
     program, *arguments = shlex.split(command)
     python = [sys.executable] if program == "python" else [sys.executable, "-m", "rlhf_engine"]
-    done = subprocess.run([*python, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [*python, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "200"},  # a narrow table would break names over lines
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    expected = {"rlhf plugins": "ppo", "rlhf plugins examples/movies.toml": "KLPenalty (wraps)"}
+    expected = {"rlhf plugins": "ppo", "rlhf plugins examples/movies.toml": "kl_penalty (wraps)"}
     assert expected.get(command, "linear_logprobs") in done.stdout
 
 

@@ -41,7 +41,7 @@ WORDS = ("ab", "ba", "cd", "dc", "ad", "bb")
 
 
 class ToyTokenizer:
-    """One token a letter. The padding token is never the end token."""
+    """One token a letter; decoded, the padding token is "_" and the end token is "."."""
 
     pad_id = 0
     end_id = 1
@@ -51,7 +51,7 @@ class ToyTokenizer:
         return [[LETTERS.index(letter) + 2 for letter in text] for text in texts]
 
     def decode(self, tokens: list[list[int]]) -> list[str]:
-        return ["".join(LETTERS[token - 2] for token in row if token >= 2) for row in tokens]
+        return ["".join(("_." + LETTERS)[token] for token in row) for row in tokens]
 
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text(LETTERS)

@@ -331,6 +331,7 @@ def batch() -> Batch:
         values=torch.randn(shape),
         rewards=torch.randn(shape),
         advantages=torch.randn(shape),
+        returns=torch.randn(shape),
         total_tokens=torch.tensor(17),
     )
 
