@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rlhf_kernels.ops import _check
 
-# A tile fits one core's L2 cache (2 MiB of float32), and is still large enough to hide the cost of a launch.
-CPU_TILE_ELEMENTS_PER_THREAD = 2**19
+# A tile fits one core's L2 cache (1 MiB of float32), and is still large enough to hide the cost of a launch.
+CPU_TILE_ELEMENTS_PER_THREAD = 2**18
 DEVICE_TILE_ELEMENTS = 2**26
 SMALLEST_TILE_ELEMENTS = 2**18
 
@@ -20,42 +20,54 @@ SMALLEST_LOG = -1e30
 
 def rows_first(x: Tensor) -> Tensor:
     """x [..., V] as [A, B, V]. Up to three dimensions nothing is copied, whatever the strides (`logits[:, :-1]`)."""
-    return x.flatten(0, -3) if x.dim() > 3 else x[(None,) * (3 - x.dim())]
+    if x.dim() > 3:
+        return x.flatten(0, -3)
+    while x.dim() < 3:
+        x = x.unsqueeze(0)
+    return x
 
 
-def tile_rows(x: Tensor, dtype: torch.dtype) -> int:
-    """Rows of x [..., V] in a tile of this dtype: it fits the cache and takes at most 1/24 of x's memory,
-    unless x is small."""
-    on_host = _check.on_host(x)
-    budget = CPU_TILE_ELEMENTS_PER_THREAD * torch.get_num_threads() if on_host else DEVICE_TILE_ELEMENTS
-    share = x.numel() * x.element_size() // (24 * dtype.itemsize)
-    return max(1, min(budget, max(share, SMALLEST_TILE_ELEMENTS)) // max(1, x.shape[-1]))
+class Tiles:
+    """x [A, B, V] cut into tiles of whole rows; iterating gives their indices.
+
+    A tile in the given dtype fits the cache, and takes at most 1/24 of x's memory unless x is small.
+    """
+
+    def __init__(self, x: Tensor, dtype: torch.dtype) -> None:
+        budget = DEVICE_TILE_ELEMENTS
+        if _check.on_host(x):
+            budget = CPU_TILE_ELEMENTS_PER_THREAD * torch.get_num_threads()
+        share = x.numel() * x.element_size() // (24 * dtype.itemsize)
+        self.rows = max(1, min(budget, max(share, SMALLEST_TILE_ELEMENTS)) // max(1, x.shape[-1]))
+        self._shape, self._dtype, self._device = x.shape, dtype, x.device
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        first_rows, second_rows, _ = self._shape
+        step = max(1, self.rows // max(1, second_rows))
+        for first in range(0, first_rows, step):
+            for second in range(0, second_rows, self.rows):
+                yield slice(first, first + step), slice(second, second + self.rows)
+
+    def scratch(self) -> "Scratch":
+        """Memory for one tile."""
+        elements = min(self._shape.numel(), self.rows * self._shape[-1])
+        return Scratch(torch.empty(elements, dtype=self._dtype, device=self._device))
 
 
-def tiles(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
-    """Indices that cut x [A, B, V] into tiles of at most `tile_rows` rows."""
-    rows = tile_rows(x, dtype)
-    step = max(1, rows // max(1, x.shape[1]))
-    for first in range(0, x.shape[0], step):
-        for second in range(0, x.shape[1], rows):
-            yield slice(first, first + step), slice(second, second + rows)
+class Scratch:
+    """Memory for one tile, used again for the next."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self._memory = memory
+
+    def like(self, tile: Tensor) -> Tensor:
+        """The memory, holding anything, in the shape of this tile."""
+        return self._memory[: tile.numel()].view(tile.shape)
 
 
 def part(value: Any, tile: slice | tuple[slice | Tensor, slice | Tensor]) -> Any:
     """The part of a per-row tensor that belongs to a tile; a number or None belongs to every tile."""
     return value[tile] if isinstance(value, Tensor) else value
-
-
-class Scratch:
-    """Memory for one tile of x [A, B, V], used again for the next."""
-
-    def __init__(self, x: Tensor, dtype: torch.dtype) -> None:
-        elements = min(x.numel(), tile_rows(x, dtype) * x.shape[-1])
-        self._memory = torch.empty(elements, dtype=dtype, device=x.device)
-
-    def like(self, tile: Tensor) -> Tensor:
-        """The memory, uninitialised, in the shape of this tile."""
-        return self._memory[: tile.numel()].view(tile.shape)
 
 
 def shifted(x: Tensor, shift: Tensor, inverse: float | Tensor | None, out: Tensor) -> Tensor:

@@ -82,8 +82,9 @@ class _ExactKL(torch.autograd.Function):
         asks_p, asks_q, *_ = ctx.needs_input_grad
         grad_p = p.new_empty(p.shape) if asks_p else None
         grad_q = q.new_empty(q.shape) if asks_q else None
-        scratch_p, scratch_q, scratch = (_rows.Scratch(p, dtype) for _ in range(3))
-        for tile in _rows.tiles(p, dtype):
+        tiles = _rows.Tiles(p, dtype)
+        scratch_p, scratch_q, scratch = (tiles.scratch() for _ in range(3))
+        for tile in tiles:
             inverse = _rows.part(ctx.inverse, tile)
             log_p = _log_softmax(p[tile], inverse, scratch_p)
             log_q = _log_softmax(q[tile], inverse, scratch_q)
@@ -104,8 +105,9 @@ def _forward(
     on_host = _check.on_host(p)
     kl = torch.empty((*p.shape[:-1], 1), dtype=dtype, device=p.device)
     still = None if masked is None else masked.clone()
-    scratch_p, scratch_q, scratch = (_rows.Scratch(p, dtype) for _ in range(3))
-    for tile in _rows.tiles(p, dtype):
+    tiles = _rows.Tiles(p, dtype)
+    scratch_p, scratch_q, scratch = (tiles.scratch() for _ in range(3))
+    for tile in tiles:
         inverse_part = _rows.part(inverse, tile)
         log_p = _log_softmax(p[tile], inverse_part, scratch_p)
         log_q = _log_softmax(q[tile], inverse_part, scratch_q)

@@ -160,6 +160,7 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx.spent = ctx.inplace
         logits, tokens, entropies, shift, total, still = ctx.saved_tensors
         inverse, dtype = ctx.inverse, total.dtype
+        tiles = _rows.Tiles(logits, dtype)
         g = torch.zeros_like(total) if grad_logp is None else grad_logp
         if still is not None:
             g = g.masked_fill(still, 0)
@@ -169,11 +170,11 @@ class _TokenLogProbs(torch.autograd.Function):
         else:
             over_row = (-1 if inverse is None else -inverse) / total
             log_total_less_entropy = total.log() - entropies
-            bracket_scratch = _rows.Scratch(logits, dtype)
+            bracket_scratch = tiles.scratch()
 
         gradient = logits.detach() if ctx.inplace else logits.new_empty(logits.shape)
-        scratch = None if logits.dtype == dtype else _rows.Scratch(logits, dtype)
-        for tile in _rows.tiles(logits, dtype):
+        scratch = None if logits.dtype == dtype else tiles.scratch()
+        for tile in tiles:
             out = gradient[tile]
             z = out if scratch is None else scratch.like(out)
             _rows.shifted(logits[tile], shift[tile], _rows.part(inverse, tile), z)
@@ -206,9 +207,10 @@ def _forward(
     own = logits.gather(-1, tokens).to(dtype)
     shift = own if on_host else _rows.finite_maximum(logits).to(dtype)
     totals, entropy_columns = [], []
-    scratch = _rows.Scratch(logits, dtype)
-    entropy_scratch = _rows.Scratch(logits, dtype) if entropy else None
-    for tile in _rows.tiles(logits, dtype):
+    tiles = _rows.Tiles(logits, dtype)
+    scratch = tiles.scratch()
+    entropy_scratch = tiles.scratch() if entropy else None
+    for tile in tiles:
         x = logits[tile]
         z = _rows.shifted(x, shift[tile], _rows.part(inverse, tile), scratch.like(x))
         if entropy_scratch is None:
@@ -226,7 +228,7 @@ def _forward(
     else:
         if on_host:
             shift = own.clone()
-            _again_from_the_maximum(logits, inverse, masked, shift, total, entropies)
+            _again_from_the_maximum(logits, inverse, masked, shift, total, entropies, tiles.rows)
         empty = total == 0
         still = empty if masked is None else empty | masked
         logp = own - shift if inverse is None else (own - shift) * inverse
@@ -245,12 +247,13 @@ def _again_from_the_maximum(
     shift: Tensor,
     total: Tensor,
     entropies: Tensor | None,
+    rows_at_once: int,
 ) -> None:
     """Overwrite shift, total and entropies of the counted rows whose total is too large or NaN."""
     again = ~(total < _LARGEST_SUM)
     if masked is not None:
         again &= ~masked
-    for positions in again.squeeze(-1).nonzero().split(_rows.tile_rows(logits, total.dtype)):
+    for positions in again.squeeze(-1).nonzero().split(rows_at_once):
         rows = (positions[:, 0], positions[:, 1])
         x = logits[rows].to(total.dtype)
         shift[rows] = maximum = _rows.finite_maximum(x)
