@@ -16,7 +16,7 @@ from rlhf_kernels.ops.token_logprobs import LogProbs, definition, inside_vocabul
 _KEPT_BYTES = 256 * 2**20
 
 # One tile of logits. A matrix product wants many rows; the passes over the tile want it in the cache.
-_TILE_BYTES = 8 * 2**20
+_TILE_BYTES = 16 * 2**20
 _FEWEST_TILE_ROWS = 256
 
 
