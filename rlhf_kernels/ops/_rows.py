@@ -9,13 +9,16 @@ from torch import Tensor
 
 from rlhf_kernels.ops import _check
 
-# A tile fits one core's L2 cache (1 MiB of float32), and is still large enough to hide the cost of a launch.
-CPU_TILE_ELEMENTS_PER_THREAD = 2**18
+# A tile of float32 stays near the cores (2 MiB for each), and is large enough to hide the cost of starting its work.
+CPU_TILE_ELEMENTS_PER_THREAD = 2**19
 DEVICE_TILE_ELEMENTS = 2**26
 SMALLEST_TILE_ELEMENTS = 2**18
 
 # Stands for log 0 where it meets a probability of 0: being finite, it makes the product 0.
 SMALLEST_LOG = -1e30
+
+# exp(z) neither overflows nor loses a term that matters while the sum of the row lies well inside these (|log| < 46).
+_SAFE_SUM = (1e-20, 1e20)
 
 
 def rows_first(x: Tensor) -> Tensor:
@@ -30,14 +33,14 @@ def rows_first(x: Tensor) -> Tensor:
 class Tiles:
     """x [A, B, V] cut into tiles of whole rows; iterating gives their indices.
 
-    A tile in the given dtype fits the cache, and takes at most 1/24 of x's memory unless x is small.
+    A tile in the given dtype fits the cache; `scratches` of them take at most 1/16 of x's memory unless x is small.
     """
 
-    def __init__(self, x: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, x: Tensor, dtype: torch.dtype, scratches: int) -> None:
         budget = DEVICE_TILE_ELEMENTS
         if _check.on_host(x):
             budget = CPU_TILE_ELEMENTS_PER_THREAD * torch.get_num_threads()
-        share = x.numel() * x.element_size() // (24 * dtype.itemsize)
+        share = x.numel() * x.element_size() // (16 * dtype.itemsize * max(1, scratches))
         self.rows = max(1, min(budget, max(share, SMALLEST_TILE_ELEMENTS)) // max(1, x.shape[-1]))
         self._shape, self._dtype, self._device = x.shape, dtype, x.device
 
@@ -70,13 +73,28 @@ def part(value: Any, tile: slice | tuple[slice | Tensor, slice | Tensor]) -> Any
     return value[tile] if isinstance(value, Tensor) else value
 
 
-def shifted(x: Tensor, shift: Tensor, inverse: float | Tensor | None, out: Tensor) -> Tensor:
-    """(x - shift) / temperature into out, computed in the dtype of out. `out` may be x itself."""
-    if x.dtype == out.dtype:
-        torch.sub(x, shift, out=out)
-    else:
-        out.copy_(x).sub_(shift)
-    return out if inverse is None else out.mul_(inverse)
+def over_temperature(x: Tensor, shift: Tensor | None, inverse: float | Tensor | None, out: Tensor) -> Tensor:
+    """z = (x - shift) / temperature in the dtype of out: in the memory of out, or x itself if that is z already."""
+    if x.dtype != out.dtype:
+        x = out.copy_(x)
+    if shift is not None:
+        x = torch.sub(x, shift, out=out)
+    return x if inverse is None else torch.mul(x, inverse, out=out)
+
+
+def exponentials(x: Tensor, shift: Tensor | None, inverse: float | Tensor | None, out: Tensor) -> Tensor:
+    """exp((x - shift) / temperature) into out, which may be x."""
+    return torch.exp(over_temperature(x, shift, inverse, out), out=out)
+
+
+def log_softmax(x: Tensor, inverse: float | Tensor | None, out: Tensor) -> Tensor:
+    """log softmax(x / temperature) into out. NaN for a row of nothing but -inf."""
+    return torch.log_softmax(over_temperature(x, None, inverse, out), -1, out=out)
+
+
+def is_safe(total: Tensor) -> Tensor:
+    """Whether a sum of exponentials that were shifted by nothing is as good as one shifted by the row's maximum."""
+    return (total > _SAFE_SUM[0]) & (total < _SAFE_SUM[1])
 
 
 def finite_maximum(x: Tensor) -> Tensor:
@@ -84,14 +102,18 @@ def finite_maximum(x: Tensor) -> Tensor:
     return x.amax(-1, keepdim=True).clamp_(min=torch.finfo(x.dtype).min)
 
 
-def total_and_entropy(z: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_j exp(z_j) and the entropy of softmax(z), as columns. Leaves exp(z) in z and overwrites scratch."""
-    log_p = scratch.copy_(z)
-    exponential = z.exp_()
-    total = exponential.sum(-1, keepdim=True)
-    log_p.sub_(total.log()).clamp_(min=SMALLEST_LOG)
-    entropy = log_p.mul_(exponential).sum(-1, keepdim=True).div_(total).neg_()
-    return total, entropy.masked_fill_(total == 0, 0)
+def sums(x: Tensor) -> Tensor:
+    """The sum of each row as a column; a row's bits do not depend on how many others there are."""
+    if x.numel() == x.shape[-1] and _check.on_host(x):
+        # torch cuts the sum of a single long row into a part for each thread. Asked for two rows, it does not.
+        return x.expand(2, *x.shape[1:]).sum(-1, keepdim=True)[:1]
+    return x.sum(-1, keepdim=True)
+
+
+def entropy_of(z: Tensor, exponential: Tensor, total: Tensor) -> Tensor:
+    """The entropy of softmax(z) as a column, from exp(z) and its sum. Overwrites z; 0 for a row of nothing but -inf."""
+    weighted = sums(z.clamp_(min=SMALLEST_LOG).mul_(exponential))
+    return (total.log() - weighted / total).masked_fill_(total == 0, 0)
 
 
 def joined(columns: list[Tensor], like: Tensor) -> Tensor:

@@ -82,12 +82,12 @@ class _ExactKL(torch.autograd.Function):
         asks_p, asks_q, *_ = ctx.needs_input_grad
         grad_p = p.new_empty(p.shape) if asks_p else None
         grad_q = q.new_empty(q.shape) if asks_q else None
-        tiles = _rows.Tiles(p, dtype)
+        tiles = _rows.Tiles(p, dtype, scratches=3)
         scratch_p, scratch_q, scratch = (tiles.scratch() for _ in range(3))
         for tile in tiles:
             inverse = _rows.part(ctx.inverse, tile)
-            log_p = _log_softmax(p[tile], inverse, scratch_p)
-            log_q = _log_softmax(q[tile], inverse, scratch_q)
+            log_p = _rows.log_softmax(p[tile], inverse, scratch_p.like(p[tile]))
+            log_q = _rows.log_softmax(q[tile], inverse, scratch_q.like(q[tile]))
             probability = torch.exp(log_p, out=scratch.like(log_p))
             if grad_p is not None:
                 d = _log_ratio(log_p, log_q).sub_(kl[tile]).mul_(probability).mul_(scale[tile])
@@ -105,16 +105,16 @@ def _forward(
     on_host = _check.on_host(p)
     kl = torch.empty((*p.shape[:-1], 1), dtype=dtype, device=p.device)
     still = None if masked is None else masked.clone()
-    tiles = _rows.Tiles(p, dtype)
+    tiles = _rows.Tiles(p, dtype, scratches=3)
     scratch_p, scratch_q, scratch = (tiles.scratch() for _ in range(3))
     for tile in tiles:
         inverse_part = _rows.part(inverse, tile)
-        log_p = _log_softmax(p[tile], inverse_part, scratch_p)
-        log_q = _log_softmax(q[tile], inverse_part, scratch_q)
+        log_p = _rows.log_softmax(p[tile], inverse_part, scratch_p.like(p[tile]))
+        log_q = _rows.log_softmax(q[tile], inverse_part, scratch_q.like(q[tile]))
         # A CPU may look first whether any row is special; a GPU would have to wait for the answer.
         possible = on_host and bool(log_q.amin() > -math.inf)
         probability = torch.exp(log_p, out=scratch.like(log_p))
-        column = _log_ratio(log_p, log_q).mul_(probability).sum(-1, keepdim=True)
+        column = _rows.sums(_log_ratio(log_p, log_q).mul_(probability))
         kl[tile] = column
         if not (possible and bool(column.isfinite().all())):
             empty, infinite = _special_rows(p[tile], q[tile])
@@ -129,16 +129,6 @@ def _special_rows(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     empty = p.detach().amax(-1, keepdim=True) == -math.inf
     infinite = ((q == -math.inf) & (p > -math.inf)).any(-1, keepdim=True)
     return empty, infinite
-
-
-def _log_softmax(x: Tensor, inverse: float | Tensor | None, scratch: _rows.Scratch) -> Tensor:
-    out = scratch.like(x)
-    if inverse is None and x.dtype == out.dtype:
-        return torch.log_softmax(x, -1, out=out)
-    out.copy_(x)
-    if inverse is not None:
-        out.mul_(inverse)
-    return torch.log_softmax(out, -1, out=out)
 
 
 def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from rlhf_kernels.ops.token_logprobs import LogProbs, definition, inside_vocabul
 _KEPT_BYTES = 256 * 2**20
 
 # One tile of logits. A matrix product wants many rows; the passes over the tile want it in the cache.
-_TILE_BYTES = 16 * 2**20
+_TILE_BYTES = 8 * 2**20
 _FEWEST_TILE_ROWS = 256
 
 
@@ -162,39 +162,49 @@ class _Head:
 
 
 def _forward(
-    hidden: Tensor, head: _Head, tokens: Tensor, inverse: float | Tensor | None, entropy: bool, kept: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """hidden [N, H], tokens [N, 1] -> logp and entropy; and for the backward pass the token's logit less the row's
-    maximum, the maximum, and total = sum_j exp(z_j - maximum), all [N, 1].
+    hidden: Tensor,
+    head: _Head,
+    tokens: Tensor,
+    inverse: float | Tensor | None,
+    entropy: bool,
+    kept: Tensor | None,
+    from_maximum: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
+    """hidden [N, H], tokens [N, 1] -> logp and entropy; and for the backward pass the token's logit less the shift,
+    the shift (None: 0), and total = sum_j exp(z_j - shift), all [N, 1].
+
+    On a CPU nothing is shifted at first, which saves the passes that find the maximum and subtract it. If the sum of
+    a row is then too large or too small for that, all start again, from their maximum.
 
     `kept` [N, V], if given, is left holding total * (p - onehot(token)).
     """
     rows = tokens.shape[0]
+    from_maximum = from_maximum or not _check.on_host(hidden)
     hidden = hidden.to(head.weight.dtype)
-    maxima, owns, totals, entropy_columns = [], [], [], []
+    shifts, owns, totals, entropy_columns = [], [], [], []
     scratch = head.scratch(rows) if kept is None else head.product(hidden, kept)
     entropy_scratch = head.scratch(rows) if entropy else None
     for tile in head.tiles(rows):
         z = scratch[tile] if kept is not None else head.product(hidden[tile], scratch[: tile.stop - tile.start])
         head.finish(z, _rows.part(inverse, tile))
-        maximum = _rows.finite_maximum(z)
-        z.sub_(maximum)
-        own = z.gather(-1, tokens[tile])
-        if entropy_scratch is None:
-            total = z.exp_().sum(-1, keepdim=True)
-        else:
-            total, column = _rows.total_and_entropy(z, entropy_scratch[: z.shape[0]])
-            entropy_columns.append(column)
+        if from_maximum:
+            shifts.append(_rows.finite_maximum(z))
+            z.sub_(shifts[-1])
+        owns.append(z.gather(-1, tokens[tile]))
+        copy = None if entropy_scratch is None else entropy_scratch[: z.shape[0]].copy_(z)
+        totals.append(_rows.sums(z.exp_()))
+        if copy is not None:
+            entropy_columns.append(_rows.entropy_of(copy, z, totals[-1]))
         if kept is not None:
-            z.scatter_add_(-1, tokens[tile], -total)
-        maxima.append(maximum)
-        owns.append(own)
-        totals.append(total)
+            z.scatter_add_(-1, tokens[tile], -totals[-1])
     none = hidden.new_empty(rows, 1)
-    maximum, own, total = (_rows.joined(columns, none) for columns in (maxima, owns, totals))
+    own, total = _rows.joined(owns, none), _rows.joined(totals, none)
+    if not from_maximum and not bool(_rows.is_safe(total).all()):
+        return _forward(hidden, head, tokens, inverse, entropy, kept, from_maximum=True)
+    shift = _rows.joined(shifts, none) if from_maximum else None
     entropies = _rows.joined(entropy_columns, none) if entropy else None
     logp = (own - total.log()).masked_fill_(total == 0, -math.inf)
-    return logp, entropies, own, maximum, total
+    return logp, entropies, own, shift, total
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -229,11 +239,11 @@ class _LinearLogProbs(torch.autograd.Function):
         Without h, d is total * (p - onehot), which was kept, times one number per row. That number goes to the small
         matrices, so that no pass over the large one is left beside the two products.
         """
-        hidden, weight, bias, tokens, kept, entropies, own, maximum, total = ctx.saved_tensors
+        hidden, weight, bias, tokens, kept, entropies, own, shift, total = ctx.saved_tensors
         empty, dtype = total == 0, total.dtype
         total = total.masked_fill(empty, 1)
         head = _Head.of(weight, bias, ctx.softcap, dtype)
-        saved = _Saved(hidden.to(dtype), tokens, ctx.inverse, kept, entropies, own, maximum, total)
+        saved = _Saved(hidden.to(dtype), tokens, ctx.inverse, kept, entropies, own, shift, total)
         g, h = (_over_temperature(grad, empty, ctx.inverse) for grad in (grad_logp, grad_entropy))
         if h is None and ctx.softcap is None and g is not None:
             scale, pieces = g / -total, _differences(saved, head)
@@ -257,7 +267,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 class _Saved(NamedTuple):
-    """What the backward pass works on: hidden [N, H]; kept [N, V] or None; inverse; the rest [N, 1]."""
+    """What the backward pass works on: hidden [N, H]; kept [N, V] or None; inverse; the rest [N, 1] (or None)."""
 
     hidden: Tensor
     tokens: Tensor
@@ -265,7 +275,7 @@ class _Saved(NamedTuple):
     kept: Tensor | None
     entropies: Tensor | None
     own: Tensor
-    maximum: Tensor
+    shift: Tensor | None
     total: Tensor
 
 
@@ -308,10 +318,10 @@ def _logit_gradients(saved: _Saved, head: _Head, g: Tensor | None, h: Tensor | N
 
 
 def _exponentials(saved: _Saved, head: _Head, tile: slice, scratch: Tensor, tanh: Tensor | None = None) -> Tensor:
-    """exp(z - maximum) of one tile, in scratch: from what was kept, or from the product again."""
+    """exp(z - shift) of one tile, in scratch: from what was kept, or from the product again."""
     scratch = scratch[: tile.stop - tile.start]
     if saved.kept is not None:
         return scratch.copy_(saved.kept[tile]).scatter_(-1, saved.tokens[tile], saved.own[tile].exp())
     z = head.product(saved.hidden[tile], scratch)
     head.finish(z, _rows.part(saved.inverse, tile), tanh)
-    return z.sub_(saved.maximum[tile]).exp_()
+    return (z if saved.shift is None else z.sub_(saved.shift[tile])).exp_()

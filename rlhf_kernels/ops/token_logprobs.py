@@ -9,9 +9,6 @@ from torch import Tensor
 from rlhf_kernels import backend
 from rlhf_kernels.ops import _autograd, _check, _rows
 
-# A sum of exp(x - x[token]) beyond this (a log-probability under -69) is taken again from the row's maximum.
-_LARGEST_SUM = 1e30
-
 
 class LogProbs(NamedTuple):
     """Per token: `logp` in nats, and the `entropy` of the whole distribution in nats (None unless asked for)."""
@@ -160,79 +157,78 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx.spent = ctx.inplace
         logits, tokens, entropies, shift, total, still = ctx.saved_tensors
         inverse, dtype = ctx.inverse, total.dtype
-        tiles = _rows.Tiles(logits, dtype)
         g = torch.zeros_like(total) if grad_logp is None else grad_logp
         if still is not None:
             g = g.masked_fill(still, 0)
-        at_token = g if inverse is None else g * inverse
-        if grad_entropy is None:
-            over_row = at_token / -total
-        else:
-            over_row = (-1 if inverse is None else -inverse) / total
-            log_total_less_entropy = total.log() - entropies
-            bracket_scratch = tiles.scratch()
+        h, log_scale = grad_entropy, None
+        if inverse is not None:
+            g, h = g * inverse, None if h is None else h * inverse
+        if h is not None:
+            log_scale = total.log() - entropies
 
+        own_memory = logits.dtype != dtype
+        tiles = _rows.Tiles(logits, dtype, scratches=own_memory + (h is not None))
+        scratch = tiles.scratch() if own_memory else None
+        second = None if h is None else tiles.scratch()
         gradient = logits.detach() if ctx.inplace else logits.new_empty(logits.shape)
-        scratch = None if logits.dtype == dtype else tiles.scratch()
         for tile in tiles:
-            out = gradient[tile]
-            z = out if scratch is None else scratch.like(out)
-            _rows.shifted(logits[tile], shift[tile], _rows.part(inverse, tile), z)
-            if grad_entropy is not None:
-                log_p_and_entropy = torch.sub(z, log_total_less_entropy[tile], out=bracket_scratch.like(z))
-                log_p_and_entropy.clamp_(min=_rows.SMALLEST_LOG)
-                bracket = log_p_and_entropy.mul_(grad_entropy[tile]).add_(g[tile])
-            z.exp_().mul_(over_row[tile])
-            if grad_entropy is not None:
-                z.mul_(bracket)
-            z.scatter_add_(-1, tokens[tile], at_token[tile])
+            x, out = logits[tile], gradient[tile]
+            d = out if scratch is None else scratch.like(out)
+            at = (_rows.part(shift, tile), _rows.part(inverse, tile))
+            bracket = g[tile]
+            if second is not None and h is not None and log_scale is not None:
+                log_p_and_entropy = torch.sub(
+                    _rows.over_temperature(x, *at, second.like(x)), log_scale[tile], out=second.like(x)
+                )
+                bracket = log_p_and_entropy.clamp_(min=_rows.SMALLEST_LOG).mul_(h[tile]).add_(bracket)
+            _rows.exponentials(x, *at, d)
+            if h is None:
+                d.mul_(bracket / -total[tile])
+            else:
+                d.mul_(bracket).div_(-total[tile])
+            d.scatter_add_(-1, tokens[tile], g[tile])
             if still is not None:
-                _rows.zero_rows(z, still[tile])
-            if z is not out:
-                out.copy_(z)
+                _rows.zero_rows(d, still[tile])
+            if d is not out:
+                out.copy_(d)
         return gradient, None, None, None, None, None
 
 
 def _forward(
     logits: Tensor, tokens: Tensor, inverse: float | Tensor | None, masked: Tensor | None, entropy: bool
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-    """logits [A, B, V], the rest [A, B, 1] -> logp and entropy; and for the backward pass shift,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """logits [A, B, V], the rest [A, B, 1] -> logp and entropy; and for the backward pass shift (None: 0),
     total = sum_j exp((x_j - shift) / temperature), and which rows get no gradient: masked, or nothing but -inf.
 
-    On a CPU the shift is the token's own logit, which saves the pass that finds the maximum: total is then at least
-    1, and logp = -log(total). Rows where it overflows, or whose token has logit -inf, start again at their maximum.
+    On a CPU the exponentials are taken of the logits as they are, which saves the passes that find the maximum and
+    subtract it. The few rows whose sum is then too large or too small for that start again, from their maximum.
     """
     dtype = _check.accumulation_dtype(logits)
-    on_host = _check.on_host(logits)
     own = logits.gather(-1, tokens).to(dtype)
-    shift = own if on_host else _rows.finite_maximum(logits).to(dtype)
+    shift = None if _check.on_host(logits) else _rows.finite_maximum(logits).to(dtype)
+    tiles = _rows.Tiles(logits, dtype, scratches=1 + entropy)
+    scratch, second = tiles.scratch(), tiles.scratch() if entropy else None
     totals, entropy_columns = [], []
-    tiles = _rows.Tiles(logits, dtype)
-    scratch = tiles.scratch()
-    entropy_scratch = tiles.scratch() if entropy else None
     for tile in tiles:
-        x = logits[tile]
-        z = _rows.shifted(x, shift[tile], _rows.part(inverse, tile), scratch.like(x))
-        if entropy_scratch is None:
-            totals.append(z.exp_().sum(-1, keepdim=True))
-        else:
-            total, column = _rows.total_and_entropy(z, entropy_scratch.like(z))
-            totals.append(total)
-            entropy_columns.append(column)
+        x, at = logits[tile], (_rows.part(shift, tile), _rows.part(inverse, tile))
+        exponential = _rows.exponentials(x, *at, scratch.like(x))
+        totals.append(_rows.sums(exponential))
+        if second is not None:
+            z = second.like(x).copy_(_rows.over_temperature(x, *at, second.like(x)))
+            entropy_columns.append(_rows.entropy_of(z, exponential, totals[-1]))
     total = _rows.joined(totals, own)
     entropies = _rows.joined(entropy_columns, own) if entropy else None
 
+    if shift is None and not bool(_rows.is_safe(total).all()):
+        shift = torch.zeros_like(own)
+        _again_from_the_maximum(logits, inverse, masked, shift, total, entropies, tiles.rows)
+    logp = own if shift is None else own - shift
+    logp = (logp if inverse is None else logp * inverse) - total.log()
     still = masked
-    if on_host and (total.numel() == 0 or bool(total.max() < _LARGEST_SUM)):
-        logp = total.log().neg_()
-    else:
-        if on_host:
-            shift = own.clone()
-            _again_from_the_maximum(logits, inverse, masked, shift, total, entropies, tiles.rows)
+    if shift is not None:
         empty = total == 0
         still = empty if masked is None else empty | masked
-        logp = own - shift if inverse is None else (own - shift) * inverse
-        logp = (logp - total.log()).masked_fill_(empty, -math.inf)
+        logp.masked_fill_(empty, -math.inf)
     if masked is not None:
         logp.masked_fill_(masked, 0)
         if entropies is not None:
@@ -249,15 +245,16 @@ def _again_from_the_maximum(
     entropies: Tensor | None,
     rows_at_once: int,
 ) -> None:
-    """Overwrite shift, total and entropies of the counted rows whose total is too large or NaN."""
-    again = ~(total < _LARGEST_SUM)
+    """Overwrite shift, total and entropies of the counted rows whose sum of exponentials is not safe."""
+    again = ~_rows.is_safe(total)
     if masked is not None:
         again &= ~masked
     for positions in again.squeeze(-1).nonzero().split(rows_at_once):
         rows = (positions[:, 0], positions[:, 1])
         x = logits[rows].to(total.dtype)
         shift[rows] = maximum = _rows.finite_maximum(x)
-        z = _rows.shifted(x, maximum, _rows.part(inverse, rows), x)
-        total[rows], entropy = _rows.total_and_entropy(z, torch.empty_like(z))
+        z = _rows.over_temperature(x, maximum, _rows.part(inverse, rows), x)
+        exponential = z.exp()
+        total[rows] = _rows.sums(exponential)
         if entropies is not None:
-            entropies[rows] = entropy
+            entropies[rows] = _rows.entropy_of(z, exponential, total[rows])

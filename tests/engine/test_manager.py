@@ -335,6 +335,21 @@ class FailsInDisguise:
         raise RuntimeError("as asked")
 
 
+class DisguisedToo:
+    @hookimpl
+    @torch.no_grad()
+    def rlhf_load(self, folder: Path) -> None:
+        if str(folder) == type(self).__name__:
+            raise RuntimeError("as asked")
+
+
+class DisguisedAlike(DisguisedToo):
+    @hookimpl
+    @torch.no_grad()
+    def rlhf_load(self, folder: Path) -> None:
+        super().rlhf_load(folder)
+
+
 class FailsLate:
     @hookimpl
     def rlhf_documents(self) -> Iterator[Document]:
@@ -390,6 +405,9 @@ def test_an_exception_names_plugin_hook_file_and_line() -> None:
 def test_the_plugin_that_raised_is_named_and_no_other() -> None:
     assert notes(FailsIf(False), FailsIf(True), FailsIf(False), call="rlhf_needs") == ["raised in FailsIf 2.rlhf_needs"]
     assert notes(FailsInDisguise(), Passes(), **LM_LOSS) == ["raised in FailsInDisguise.rlhf_lm_loss"]
+    for plugins in ([DisguisedToo(), DisguisedAlike()], [DisguisedAlike(), DisguisedToo()]):  # one decorator for both
+        for name in ("DisguisedToo", "DisguisedAlike"):
+            assert notes(*plugins, call="rlhf_load", folder=Path(name)) == [f"raised in {name}.rlhf_load"]
     assert notes(FailsAround(), Answers(), Passes(), **LM_LOSS) == ["raised in FailsAround.rlhf_lm_loss"]
     assert notes(Fails(), Count(), **REWARD) == ["raised in Fails.rlhf_reward"]
 

@@ -77,7 +77,7 @@ def test_matches_the_textbook(vocabulary: int, dtype: torch.dtype) -> None:
     expected = textbook_gradient(logits.detach(), tokens, upstream, upstream_entropy)
     rounding = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     assert logits.grad.dtype == dtype
-    torch.testing.assert_close(logits.grad.double(), expected, rtol=rounding, atol=2e-6)
+    torch.testing.assert_close(logits.grad.double(), expected, rtol=max(rounding, 2e-6), atol=2e-6)
 
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 3, 4)])
@@ -100,7 +100,7 @@ def test_temperature_divides_in_forward_and_backward(temperature, place: str) ->
         close(actual, expected, 1e-5)
     upstream, upstream_entropy = torch.randn(2, 4, 6)
     torch.autograd.backward(result, (upstream, upstream_entropy))
-    close(logits.grad, textbook_gradient(logits.detach(), tokens, upstream, upstream_entropy, temperature), 5e-6)
+    close(logits.grad, textbook_gradient(logits.detach(), tokens, upstream, upstream_entropy, temperature), 1e-5)
 
 
 @pytest.mark.parametrize("entropy", [False, True])
@@ -284,8 +284,9 @@ def test_strides_and_tiles_do_not_matter(shape, order, dtype, step, tile, seed) 
         assert torch.equal(a, b)
 
 
-def test_a_row_depends_on_no_other_row() -> None:
-    logits, tokens = example(300, 5000)
+@pytest.mark.parametrize("vocabulary", [5000, 40000])  # a single row beyond 32768 is one that torch sums in parts
+def test_a_row_depends_on_no_other_row(vocabulary: int) -> None:
+    logits, tokens = example(300, vocabulary)
     logits[17] *= 1000  # this row starts again from its maximum
     logits.requires_grad_()
     whole = token_logprobs(logits, tokens, entropy=True)
