@@ -6,15 +6,15 @@ The mode comes from the environment variable RLHF_KERNELS, read when the first o
     torch    torch everywhere
     triton   Triton or an error
 
-No operation has a Triton kernel in this version, so "triton" is refused: nothing falls back in silence.
-
-The seam: today a public operation begins with `backend.torch_only("name")`. When its Triton twin arrives in
-`rlhf_kernels/_triton/name.py`, that line becomes `if backend.use_triton("name", x): return twin(...)`, and
-`use_triton` (the mode, the device of x, whether triton is installed) is written here, next to `mode`.
+An operation has a Triton kernel if `rlhf_kernels/_triton/<its name>.py` exists. It can use it for tensors on a GPU, in
+float32, bfloat16 or float16 (float64 runs on torch), where triton is installed. With TRITON_INTERPRET=1, set before
+the first kernel runs, it can also use it for tensors on a CPU, very slowly: for tests.
 
 The mode is one setting for the whole process; `using` is for tests and for a main thread.
 """
 
+import functools
+import importlib.util
 import os
 import pkgutil
 import platform
@@ -41,11 +41,12 @@ def mode() -> str:
 
 @contextmanager
 def using(wanted: str) -> Iterator[None]:
-    """Run the body in another mode: `with backend.using("torch"): ...`. Raises like `require` for "triton"."""
+    """Run the body in another mode: `with backend.using("torch"): ...`. Raises RuntimeError for "triton" where triton
+    is not installed."""
     global _mode
     _valid(wanted, "backend.using(...)")
     if wanted == "triton":
-        require("triton")
+        _refuse_without_triton('backend.using("triton")')
     before = _mode
     _mode = wanted
     try:
@@ -59,19 +60,72 @@ def require(path: str) -> None:
     if path not in ("triton", "torch"):
         raise ValueError(f'backend.require({path!r}): allowed are "triton" and "torch"')
     if path == "triton":
-        raise RuntimeError(
-            f"Triton is required, but no operation has a Triton kernel in this version: {', '.join(operations())} "
-            'run on torch. Use RLHF_KERNELS=auto or RLHF_KERNELS=torch, or drop require("triton").'
+        _refuse_without_triton('require("triton")')
+        if missing := [name for name in operations() if not has_kernel(name)]:
+            raise RuntimeError(
+                f"Triton is required, but {', '.join(missing)} have no Triton kernel in this version and run on "
+                'torch. Drop require("triton"); RLHF_KERNELS=triton refuses these operations one by one, when called.'
+            )
+
+
+def use_triton(operation: str, *tensors: torch.Tensor) -> bool:
+    """Whether this call runs on the Triton kernel: decided by the mode, and by where the tensors are.
+
+    Raises RuntimeError where Triton was asked for and cannot run; TypeError for float64 tensors then.
+    """
+    if mode() == "torch":
+        return False
+    if mode() == "auto":
+        return (
+            all(x.is_cuda and x.dtype != torch.float64 for x in tensors)
+            and has_kernel(operation)
+            and _triton_problem() == ""
         )
-
-
-def torch_only(operation: str) -> None:
-    """The first line of an operation without a Triton twin: raises RuntimeError where Triton was asked for."""
-    if mode() == "triton":
+    if not has_kernel(operation):
         raise RuntimeError(
             f"RLHF_KERNELS=triton, but {operation} has no Triton kernel in this version and would run on torch. "
             "Use RLHF_KERNELS=auto or RLHF_KERNELS=torch."
         )
+    _refuse_without_triton("RLHF_KERNELS=triton")
+    for x in tensors:
+        if x.dtype == torch.float64:
+            raise TypeError(
+                f"RLHF_KERNELS=triton, but {operation} got float64, which its kernel has not. Pass float32, bfloat16 "
+                "or float16, or use RLHF_KERNELS=torch."
+            )
+        if not x.is_cuda and not interpreted():
+            raise RuntimeError(
+                f"RLHF_KERNELS=triton, but {operation} got a tensor on {x.device}. Move it to a GPU, set "
+                "TRITON_INTERPRET=1 (slow: for tests), or use RLHF_KERNELS=auto."
+            )
+    return True
+
+
+def torch_only(operation: str) -> None:
+    """The first line of an operation without a Triton kernel: raises RuntimeError where Triton was asked for."""
+    use_triton(operation)
+
+
+@functools.cache
+def has_kernel(operation: str) -> bool:
+    """Whether the operation has a Triton kernel in this version."""
+    return (Path(__file__).parent / "_triton" / f"{operation}.py").exists()
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on a CPU too (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def _triton_problem() -> str:
+    """Why triton cannot be used, or nothing. The package is looked up, not imported."""
+    return "" if importlib.util.find_spec("triton") else "triton is not installed: pip install triton"
+
+
+def _refuse_without_triton(asked: str) -> None:
+    if problem := _triton_problem():
+        raise RuntimeError(f"{asked}, but {problem}; or use RLHF_KERNELS=auto or RLHF_KERNELS=torch.")
 
 
 def operations() -> list[str]:
@@ -101,18 +155,30 @@ def report() -> Report:
     """Versions, device, mode, and for each operation what would run and why. Imports neither triton nor an op."""
     versions = {name: _version(name) for name in ("rlhf-engine", "torch", "triton")}
     versions["python"] = platform.python_version()
-    refused = mode() == "triton"
-    answer = (
-        ("refused", "RLHF_KERNELS=triton, and it has no Triton kernel in this version")
-        if refused
-        else ("torch", "it has no Triton kernel in this version")
-    )
     return Report(
         versions=versions,
         device=_device(),
         mode=mode(),
-        operations=dict.fromkeys(operations(), answer),
+        operations={name: _what_runs(name) for name in operations()},
     )
+
+
+def _what_runs(operation: str) -> tuple[str, str]:
+    """The path, and why."""
+    asked = mode() == "triton"
+    if mode() == "torch":
+        return "torch", 'RLHF_KERNELS=torch, or using("torch")'
+    if not has_kernel(operation):
+        reason = "it has no Triton kernel in this version"
+    elif problem := _triton_problem():
+        reason = problem
+    elif torch.cuda.is_available():
+        return "triton", "for tensors on a GPU" + ("" if asked else "; torch for others, and for float64")
+    elif interpreted() and asked:
+        return "triton", "in its interpreter (TRITON_INTERPRET=1), which is slow"
+    else:
+        reason = "there is no GPU"
+    return ("refused", f"RLHF_KERNELS=triton, and {reason}") if asked else ("torch", reason)
 
 
 def _valid(wanted: str, source: str) -> str:

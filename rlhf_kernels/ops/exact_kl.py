@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels import backend
-from rlhf_kernels.ops import _autograd, _check, _rows
+from rlhf_kernels import _autograd, backend
+from rlhf_kernels.ops import _check, _rows
 
 
 def exact_kl(

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_kernels import backend
-from rlhf_kernels.ops import _autograd, _check, _rows
+from rlhf_kernels import _autograd, backend
+from rlhf_kernels.ops import _check, _rows
 from rlhf_kernels.ops.token_logprobs import LogProbs, definition, inside_vocabulary
 
 # Up to this size the exponentials of all logits are kept for the backward pass; larger ones are computed again.

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_kernels import backend
-from rlhf_kernels.ops import _autograd, _check, _rows
+from rlhf_kernels import _autograd, backend
+from rlhf_kernels.ops import _check, _rows
 
 
 class LogProbs(NamedTuple):
@@ -46,14 +46,15 @@ def token_logprobs(
     Raises IndexError for a counted token outside [0, V) on a CPU (on a GPU, and under torch.compile, its logp is
     NaN); ValueError for shapes that do not match or a temperature that is not positive; TypeError for wrong dtypes.
     """
-    backend.torch_only("token_logprobs")
     check_logits(logits, tokens, mask)
     dtype = _check.accumulation_dtype(logits)
     inverse = _rows.inverse_temperature(temperature, tokens.shape, mask, dtype)
-    if torch.compiler.is_compiling():
-        return definition(logits.to(dtype), tokens, inverse, mask, entropy)
     if inplace_backward:
         _check_overwritable(logits)
+    if backend.use_triton("token_logprobs", logits):
+        return _on_triton(logits, tokens, inverse, mask, entropy, inplace_backward)
+    if torch.compiler.is_compiling():
+        return definition(logits.to(dtype), tokens, inverse, mask, entropy)
 
     safe_tokens, outside = inside_vocabulary(tokens, logits.shape[-1], mask)
     rows = _rows.rows_first(logits)
@@ -70,6 +71,27 @@ def token_logprobs(
     if outside is not None:
         logp = logp.masked_fill(outside, math.nan)
     return LogProbs(logp, None if entropies is None else entropies.view(tokens.shape))
+
+
+def _on_triton(
+    logits: Tensor, tokens: Tensor, inverse: float | Tensor | None, mask: Tensor | None, entropy: bool, inplace: bool
+) -> LogProbs:
+    from rlhf_kernels._triton import token_logprobs as twin
+
+    if _check.on_host(tokens):  # the interpreter
+        _check.token_ids(tokens if mask is None else tokens.masked_fill(~mask, 0), logits.shape[-1])
+    rows = tokens.numel()
+    inverse_rows = inverse.reshape(rows) if isinstance(inverse, Tensor) else None
+    logp, entropies = twin.TokenLogProbs.apply(
+        _rows.rows_first(logits),
+        tokens.reshape(rows, 1),
+        inverse if isinstance(inverse, float) else 1.0,
+        inverse_rows,
+        None if mask is None else mask.reshape(rows),
+        entropy,
+        inplace,
+    )
+    return LogProbs(logp.view(tokens.shape), None if entropies is None else entropies.view(tokens.shape))
 
 
 def definition(
@@ -149,12 +171,7 @@ class _TokenLogProbs(torch.autograd.Function):
     @_autograd.differentiable_once
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         """(g * (onehot - p) - h * p * (log p + entropy)) / temperature, with g = grad_logp, h = grad_entropy."""
-        if ctx.spent:
-            raise RuntimeError(
-                "inplace_backward=True wrote the gradient over the logits, so a second backward is impossible; "
-                "call token_logprobs with inplace_backward=False"
-            )
-        ctx.spent = ctx.inplace
+        _autograd.refuse_second_inplace_backward(ctx)
         logits, tokens, entropies, shift, total, still = ctx.saved_tensors
         inverse, dtype = ctx.inverse, total.dtype
         g = torch.zeros_like(total) if grad_logp is None else grad_logp

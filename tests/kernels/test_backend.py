@@ -1,3 +1,4 @@
+import importlib
 import os
 import subprocess
 import sys
@@ -61,14 +62,38 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", backend.operations())
+WITHOUT_KERNEL = [name for name in backend.operations() if not backend.has_kernel(name)]
+
+
+def arguments() -> tuple[torch.Tensor, ...]:
+    return torch.randn(3, 3), torch.arange(3), torch.ones(3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("name", WITHOUT_KERNEL)
 def test_no_operation_runs_on_torch_where_triton_was_asked_for(name: str, monkeypatch) -> None:
-    arguments = (torch.randn(3, 3), torch.arange(3), torch.ones(3, dtype=torch.bool))
-    CALLS[name](getattr(rlhf_kernels, name), *arguments)
+    CALLS[name](getattr(rlhf_kernels, name), *arguments())
     monkeypatch.setattr(backend, "_mode", None)
     monkeypatch.setenv("RLHF_KERNELS", "triton")
     with pytest.raises(RuntimeError, match=f"RLHF_KERNELS=triton, but {name} has no Triton kernel"):
-        CALLS[name](getattr(rlhf_kernels, name), *arguments)
+        CALLS[name](getattr(rlhf_kernels, name), *arguments())
+
+
+@pytest.mark.parametrize("name", [name for name in backend.operations() if backend.has_kernel(name)])
+def test_a_kernel_runs_where_triton_was_asked_for_or_says_why_not(name: str, monkeypatch) -> None:
+    function = getattr(rlhf_kernels, name)
+    twin = importlib.import_module(f"rlhf_kernels._triton.{name}")
+    called = []
+    monkeypatch.setattr(twin, "forward", lambda *a, real=twin.forward: called.append(name) or real(*a))
+    with backend.using("triton"):
+        CALLS[name](function, *arguments())
+        assert called == [name]
+        with pytest.raises(TypeError, match=f"{name} got float64, which its kernel has not"):
+            CALLS[name](function, arguments()[0].double(), *arguments()[1:])
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        with pytest.raises(RuntimeError, match=f"{name} got a tensor on cpu. Move it to a GPU"):
+            CALLS[name](function, *arguments())
+    CALLS[name](function, *arguments())
+    assert called == [name], "without being asked, a tensor on a CPU runs on torch"
 
 
 def test_using_lasts_as_long_as_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,13 +109,17 @@ def test_using_lasts_as_long_as_its_block(monkeypatch: pytest.MonkeyPatch) -> No
     assert backend.mode() == "triton"
 
 
-def test_triton_is_refused_at_once() -> None:
-    with pytest.raises(RuntimeError, match="no operation has a Triton kernel"), backend.using("triton"):
+def test_triton_is_refused_at_once_where_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="gae.* have no Triton kernel in this version"):
+        backend.require("triton")
+    monkeypatch.setattr(backend, "_triton_problem", lambda: "triton is not installed: pip install triton")
+    with pytest.raises(RuntimeError, match="triton is not installed"), backend.using("triton"):
         raise AssertionError("the block must not run")
-    with pytest.raises(RuntimeError, match="no operation has a Triton kernel"):
+    with pytest.raises(RuntimeError, match="triton is not installed"):
         backend.require("triton")
     backend.require("torch")
     assert backend.mode() == "auto"
+    assert backend.report().operations["token_logprobs"] == ("torch", "triton is not installed: pip install triton")
 
 
 @pytest.mark.parametrize("call", [backend.require, lambda mode: backend.using(mode).__enter__()])
@@ -117,6 +146,13 @@ def test_the_report_says_what_runs_and_why(monkeypatch: pytest.MonkeyPatch) -> N
         assert any(line.split()[:2] == [name, "torch"] for line in lines)
     monkeypatch.setattr(backend, "_mode", "triton")
     assert backend.report().operations["gae"][0] == "refused"
+    if not torch.cuda.is_available():
+        assert backend.report().operations["token_logprobs"][0] == "triton"  # in the interpreter
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        assert backend.report().operations["token_logprobs"] == (
+            "refused",
+            "RLHF_KERNELS=triton, and there is no GPU",
+        )
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

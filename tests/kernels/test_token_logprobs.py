@@ -2,15 +2,16 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf_kernels import token_logprobs
+from rlhf_kernels import backend, token_logprobs
 from rlhf_kernels.ops import _check, _rows
 from tests.kernels.memory import peak_growth
 
 INF = math.inf
+INTERPRETED = not torch.cuda.is_available()
 
 
 def textbook(logits: Tensor, tokens: Tensor, temperature=1.0) -> tuple[Tensor, Tensor]:
@@ -46,16 +47,14 @@ def example(*shape: int, dtype=torch.float32, scale=3.0) -> tuple[Tensor, Tensor
     return logits, torch.randint(shape[-1], shape[:-1])
 
 
+def rounding(dtype: torch.dtype, path: str) -> float:
+    """Of one number of this dtype, relative. Triton's interpreter cuts bfloat16 off where a GPU rounds it."""
+    cut_off = 2 if INTERPRETED and path == "triton" else 1
+    return {torch.bfloat16: 2**-8 * cut_off, torch.float16: 2**-11}.get(dtype, 0)
+
+
 def close(actual: Tensor, expected: Tensor, atol: float) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=atol, equal_nan=False)
-
-
-@pytest.fixture(params=["host", "device"])
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways through the code: where the host may look at values, and where it would have to wait for them."""
-    if request.param == "device":
-        monkeypatch.setattr(_check, "on_host", lambda x: False)
-    return request.param
 
 
 # ------------------------------------------------------------------------------------------ the formula
@@ -63,8 +62,9 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 @pytest.mark.parametrize("vocabulary", [1, 7, 384, 1000, 1100, 32000, 129920, 151936, 262147])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_matches_the_textbook(vocabulary: int, dtype: torch.dtype) -> None:
-    logits, tokens = example(3, vocabulary, dtype=dtype)
+def test_matches_the_textbook(vocabulary: int, dtype: torch.dtype, path: str) -> None:
+    rows = 1 if INTERPRETED and path == "triton" and vocabulary > 100_000 else 3
+    logits, tokens = example(rows, vocabulary, dtype=dtype)
     logits.requires_grad_()
     result = token_logprobs(logits, tokens, entropy=True)
     assert result.logp.dtype == result.entropy.dtype == torch.float32
@@ -72,16 +72,15 @@ def test_matches_the_textbook(vocabulary: int, dtype: torch.dtype) -> None:
     close(result.logp, logp, 2e-6)
     close(result.entropy, entropy, 4e-6)
 
-    upstream, upstream_entropy = torch.randn(2, 3)
+    upstream, upstream_entropy = torch.randn(2, rows)
     torch.autograd.backward(result, (upstream, upstream_entropy))
     expected = textbook_gradient(logits.detach(), tokens, upstream, upstream_entropy)
-    rounding = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     assert logits.grad.dtype == dtype
-    torch.testing.assert_close(logits.grad.double(), expected, rtol=max(rounding, 2e-6), atol=2e-6)
+    torch.testing.assert_close(logits.grad.double(), expected, rtol=max(rounding(dtype, path), 2e-6), atol=2e-6)
 
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 3, 4)])
-def test_any_leading_dimensions(leading: tuple[int, ...]) -> None:
+def test_any_leading_dimensions(leading: tuple[int, ...], path: str) -> None:
     logits, tokens = example(*leading, 11)
     result = token_logprobs(logits, tokens, entropy=True)
     assert result.logp.shape == result.entropy.shape == leading
@@ -90,7 +89,7 @@ def test_any_leading_dimensions(leading: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.7, 2.0, "rows"])
-def test_temperature_divides_in_forward_and_backward(temperature, place: str) -> None:
+def test_temperature_divides_in_forward_and_backward(temperature, path: str) -> None:
     logits, tokens = example(4, 6, 50)
     if temperature == "rows":
         temperature = torch.rand(4, 6) + 0.3
@@ -106,7 +105,8 @@ def test_temperature_divides_in_forward_and_backward(temperature, place: str) ->
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, "rows"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradcheck_in_float64(entropy: bool, temperature, masked: bool, place: str) -> None:
+@pytest.mark.parametrize("path", ["host", "device"], indirect=True)
+def test_gradcheck_in_float64(entropy: bool, temperature, masked: bool, path: str) -> None:
     logits, tokens = example(2, 3, 7)
     mask = torch.tensor([[True, False, True], [True, True, False]]) if masked else None
     temperature = torch.rand(2, 3).double() + 0.5 if temperature == "rows" else temperature
@@ -119,7 +119,7 @@ def test_gradcheck_in_float64(entropy: bool, temperature, masked: bool, place: s
     assert torch.autograd.gradcheck(outputs, (logits.double().requires_grad_(),))
 
 
-def test_only_the_entropy_is_used() -> None:
+def test_only_the_entropy_is_used(path: str) -> None:
     logits, tokens = example(5, 9)
     logits.requires_grad_()
     upstream = torch.randn(5)
@@ -127,7 +127,7 @@ def test_only_the_entropy_is_used() -> None:
     close(logits.grad, textbook_gradient(logits.detach(), tokens, torch.zeros(5), upstream), 2e-6)
 
 
-def test_the_entropy_changes_no_bit_of_logp() -> None:
+def test_the_entropy_changes_no_bit_of_logp(path: str) -> None:
     logits, tokens = example(70, 1001)
     logits[3] *= 100
     assert torch.equal(token_logprobs(logits, tokens).logp, token_logprobs(logits, tokens, entropy=True).logp)
@@ -138,7 +138,9 @@ def test_the_entropy_changes_no_bit_of_logp() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_logits_of_minus_infinity(dtype: torch.dtype, temperature: float, place: str) -> None:
+def test_logits_of_minus_infinity(dtype: torch.dtype, temperature: float, path: str) -> None:
+    if path == "triton" and dtype == torch.float64:
+        pytest.skip("float64 runs on torch")
     logits, tokens = example(6, 3000, dtype=dtype)
     tokens[:] = torch.tensor([1500, 2999, 0, 5, 7, 7])
     logits[0, torch.rand(3000) < 0.5] = -INF  # scattered
@@ -164,18 +166,17 @@ def test_logits_of_minus_infinity(dtype: torch.dtype, temperature: float, place:
     assert not logits.grad[:3][logits[:3] == -INF].any()
     at = slice(0, 3)
     expected = textbook_gradient(logits.detach()[at], tokens[at], upstream[at], upstream_entropy[at], temperature)
-    rounding = 2**-8 if dtype == torch.bfloat16 else 0
-    torch.testing.assert_close(logits.grad[at].double(), expected, rtol=rounding, atol=5e-6)
+    torch.testing.assert_close(logits.grad[at].double(), expected, rtol=rounding(dtype, path), atol=5e-6)
 
 
-def test_an_infinite_upstream_gradient_stays_out_of_a_row_of_minus_infinity(place: str) -> None:
+def test_an_infinite_upstream_gradient_stays_out_of_a_row_of_minus_infinity(path: str) -> None:
     logits = torch.full((2, 5), -INF, requires_grad=True)
     token_logprobs(logits, torch.tensor([0, 4])).logp.backward(torch.tensor([INF, math.nan]))
     assert torch.equal(logits.grad, torch.zeros(2, 5))
 
 
 @pytest.mark.parametrize("offset", [-200.0, 1e4, -1e4])
-def test_logits_far_from_zero(offset: float, place: str) -> None:
+def test_logits_far_from_zero(offset: float, path: str) -> None:
     logits, tokens = example(8, 1000)
     logits = logits + offset
     result = token_logprobs(logits, tokens, entropy=True)
@@ -184,7 +185,7 @@ def test_logits_far_from_zero(offset: float, place: str) -> None:
     close(result.entropy, entropy, 4e-6)
 
 
-def test_logits_far_apart(place: str) -> None:
+def test_logits_far_apart(path: str) -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [1e4, 1e4, -1e4], [60.0, -60.0, 0.0], [1e38, -1e38, 0.0]])
     for token in range(3):
         tokens = torch.full((4,), token)
@@ -197,7 +198,7 @@ def test_logits_far_apart(place: str) -> None:
         close(leaf.grad, textbook_gradient(logits, tokens, torch.ones(4)), 1e-6)
 
 
-def test_an_unlikely_token_and_a_small_upstream_gradient() -> None:
+def test_an_unlikely_token_and_a_small_upstream_gradient(path: str) -> None:
     logits, tokens = torch.tensor([[40.0, -45.0, 39.0], [-30.0, 30.0, 0.0]], requires_grad=True), torch.tensor([1, 0])
     upstream = torch.tensor([1e-6, 1e-6])
     token_logprobs(logits, tokens).logp.backward(upstream)
@@ -209,7 +210,7 @@ def test_an_unlikely_token_and_a_small_upstream_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("junk", [math.nan, INF, -INF, 3e38])
-def test_junk_under_the_mask_does_not_matter(dtype: torch.dtype, junk: float, place: str) -> None:
+def test_junk_under_the_mask_does_not_matter(dtype: torch.dtype, junk: float, path: str) -> None:
     logits, tokens = example(5, 7, 300, dtype=dtype)
     mask = torch.rand(5, 7) < 0.6
     clean = logits.clone().requires_grad_()
@@ -229,7 +230,7 @@ def test_junk_under_the_mask_does_not_matter(dtype: torch.dtype, junk: float, pl
     assert torch.equal(results[0][0][mask], without.logp[mask])
 
 
-def test_everything_masked(place: str) -> None:
+def test_everything_masked(path: str) -> None:
     logits = torch.full((3, 4), math.nan, requires_grad=True)
     logp = token_logprobs(logits, torch.full((3,), 99), mask=torch.zeros(3, dtype=torch.bool)).logp
     logp.sum().backward()
@@ -241,7 +242,7 @@ def test_everything_masked(place: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (3, 0, 5), (1, 5), (1, 1)])
-def test_no_rows_and_one_row(shape: tuple[int, ...], place: str) -> None:
+def test_no_rows_and_one_row(shape: tuple[int, ...], path: str) -> None:
     logits, tokens = example(*shape)
     logits.requires_grad_()
     result = token_logprobs(logits, tokens, entropy=True)
@@ -260,8 +261,15 @@ def test_no_rows_and_one_row(shape: tuple[int, ...], place: str) -> None:
     step=st.sampled_from([1, 2]),
     tile=st.integers(1, 60),
     seed=st.integers(0, 10**6),
+    mode=st.sampled_from(["auto", "triton"]),
 )
-def test_strides_and_tiles_do_not_matter(shape, order, dtype, step, tile, seed) -> None:
+def test_strides_and_tiles_do_not_matter(shape, order, dtype, step, tile, seed, mode) -> None:
+    assume(mode == "auto" or dtype != torch.float64)
+    with backend.using(mode), torch.device("cuda" if mode == "triton" and not INTERPRETED else "cpu"):
+        strides_and_tiles_do_not_matter(shape, order, dtype, step, tile, seed)
+
+
+def strides_and_tiles_do_not_matter(shape, order, dtype, step, tile, seed) -> None:
     torch.manual_seed(seed)
     permutation = list(range(len(shape)))
     order.shuffle(permutation)
@@ -284,28 +292,29 @@ def test_strides_and_tiles_do_not_matter(shape, order, dtype, step, tile, seed) 
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("vocabulary", [5000, 40000])  # a single row beyond 32768 is one that torch sums in parts
-def test_a_row_depends_on_no_other_row(vocabulary: int) -> None:
-    logits, tokens = example(300, vocabulary)
+@pytest.mark.parametrize("vocabulary", [5000, 33000])  # a single row beyond 32768 is one that torch sums in parts
+def test_a_row_depends_on_no_other_row(vocabulary: int, path: str) -> None:
+    rows = 20 if INTERPRETED and path == "triton" else 300
+    logits, tokens = example(rows, vocabulary)
     logits[17] *= 1000  # this row starts again from its maximum
     logits.requires_grad_()
     whole = token_logprobs(logits, tokens, entropy=True)
     gradient = torch.autograd.grad(sum(whole).sum(), logits)[0]
-    for rows in (slice(0, 1), slice(16, 18), slice(17, 18), slice(100, 299)):
-        part = logits[rows].detach().requires_grad_()
-        result = token_logprobs(part, tokens[rows], entropy=True)
-        assert torch.equal(result.logp, whole.logp[rows]) and torch.equal(result.entropy, whole.entropy[rows])
-        assert torch.equal(torch.autograd.grad(sum(result).sum(), part)[0], gradient[rows])
+    for part_rows in (slice(0, 1), slice(16, 18), slice(17, 18), slice(rows // 3, rows - 1)):
+        part = logits[part_rows].detach().requires_grad_()
+        result = token_logprobs(part, tokens[part_rows], entropy=True)
+        assert torch.equal(result.logp, whole.logp[part_rows]) and torch.equal(result.entropy, whole.entropy[part_rows])
+        assert torch.equal(torch.autograd.grad(sum(result).sum(), part)[0], gradient[part_rows])
 
 
-def test_seventy_thousand_rows() -> None:
-    logits, tokens = example(70_000, 5)
+def test_seventy_thousand_rows(path: str) -> None:
+    logits, tokens = example(300 if INTERPRETED and path == "triton" else 70_000, 5)
     expected = torch.log_softmax(logits.double(), -1).gather(-1, tokens[:, None])[:, 0]
     close(token_logprobs(logits, tokens).logp, expected, 2e-6)
 
 
-def test_bitwise_equal_from_run_to_run() -> None:
-    logits, tokens = example(200, 3001)
+def test_bitwise_equal_from_run_to_run(path: str) -> None:
+    logits, tokens = example(20, 3001)
     logits.requires_grad_()
     runs = []
     for _ in range(3):
@@ -319,7 +328,7 @@ def test_bitwise_equal_from_run_to_run() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_inplace_backward_writes_over_the_logits(dtype: torch.dtype) -> None:
+def test_inplace_backward_writes_over_the_logits(dtype: torch.dtype, path: str) -> None:
     logits, tokens = example(4, 9, 50, dtype=dtype)
     mask = torch.rand(4, 8) < 0.8
     upstream = torch.randn(4, 8)
@@ -336,13 +345,13 @@ def test_inplace_backward_writes_over_the_logits(dtype: torch.dtype) -> None:
         logp.backward(upstream)
 
 
-def test_inplace_backward_refuses_logits_that_share_elements() -> None:
+def test_inplace_backward_refuses_logits_that_share_elements(path: str) -> None:
     logits = torch.randn(1, 5, requires_grad=True)
     with pytest.raises(ValueError, match=r"strides \[0, 1\]"):
         token_logprobs(logits.expand(3, 5), torch.zeros(3, dtype=torch.long), inplace_backward=True)
 
 
-def test_a_second_backward_gives_the_same_and_a_double_backward_raises() -> None:
+def test_a_second_backward_gives_the_same_and_a_double_backward_raises(path: str) -> None:
     logits, tokens = example(6, 20)
     logits.requires_grad_()
     logp = token_logprobs(logits, tokens).logp
@@ -373,12 +382,12 @@ def compiled_example(logits: Tensor, tokens: Tensor, mask: Tensor, temperature: 
 def test_compiles_as_one_graph_and_not_again_for_new_sizes() -> None:
     graphs = []
 
-    def backend(graph, inputs):
+    def count(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
     torch._dynamo.reset()
-    compiled = torch.compile(compiled_example, fullgraph=True, backend=backend)
+    compiled = torch.compile(compiled_example, fullgraph=True, backend=count)
     for rows, length, temperature in ((3, 4, 0.7), (5, 6, 0.8), (7, 9, 1.3), (2, 11, 2.0)):
         logits, tokens = example(rows, length, 30)
         logits[0, 0] = -INF
@@ -441,7 +450,8 @@ def test_a_device_answers_nan_where_it_cannot_raise(monkeypatch: pytest.MonkeyPa
         ({"temperature": torch.ones(3, requires_grad=True)}, ValueError, "temperature gets no gradient"),
     ],
 )
-def test_bad_arguments(change: dict, error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize("path", ["host", "triton"], indirect=True)
+def test_bad_arguments(change: dict, error: type[Exception], message: str, path: str) -> None:
     arguments = {"logits": torch.zeros(3, 5), "tokens": torch.zeros(3, dtype=torch.long), **change}
     with pytest.raises(error, match=message):
         token_logprobs(**arguments)

@@ -29,6 +29,16 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
     return wrapper
 
 
+def refuse_second_inplace_backward(ctx: Any) -> None:
+    """Raise RuntimeError where a backward pass has already written over what it needs. ctx: `inplace`, `spent`."""
+    if ctx.spent:
+        raise RuntimeError(
+            "inplace_backward=True wrote the gradient over the logits, so a second backward is impossible; "
+            "call token_logprobs with inplace_backward=False"
+        )
+    ctx.spent = ctx.inplace
+
+
 class _NoFurther(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
