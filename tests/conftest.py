@@ -1,10 +1,15 @@
 """What all tests share: the same random numbers in whatever order they run."""
 
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
+
+# Triton reads this once, when it is first imported, which some test's import may do.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -70,6 +70,11 @@ class HumanRatings:
         return {"train": rated.pick(train), "heldout": rated.pick(heldout)}
 
     @hookimpl
+    def rlhf_run_started(self) -> None:
+        """Read the ratings now (a second), so that a missing or damaged file stops a run before its first stage."""
+        self._rated  # noqa: B018
+
+    @hookimpl
     def rlhf_preferences(self, run: Run, split: str, epoch: int) -> Iterator[Preference]:
         if split not in ("train", "heldout"):
             raise ValueError(f"human_ratings has no preferences of the split {split!r}: only train and heldout")

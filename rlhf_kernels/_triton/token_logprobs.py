@@ -328,6 +328,61 @@ def backward(
         )
 
 
+operator = torch.library.custom_op("rlhf_kernels::token_logprobs", forward, mutates_args=())
+"""The same for torch.compile, which does not look inside, and gets the gradient from `_operator_backward`."""
+
+
+@operator.register_fake
+def _operator_shapes(
+    logits: Tensor, tokens: Tensor, inverse: float, inverse_rows: Tensor | None, mask: Tensor | None, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = tokens.shape[0]
+    new = functools.partial(torch.empty, dtype=torch.float32, device=logits.device)
+    return new(tokens.shape), new(rows if entropy else 0), new(rows), new(rows)
+
+
+@functools.partial(torch.library.custom_op, "rlhf_kernels::token_logprobs_backward", mutates_args=())
+def _backward_operator(
+    logits: Tensor,
+    tokens: Tensor,
+    inverse: float,
+    inverse_rows: Tensor | None,
+    mask: Tensor | None,
+    maximum: Tensor,
+    total: Tensor,
+    entropies: Tensor,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    arguments = (logits, gradient, tokens, inverse, inverse_rows, mask, maximum, total, entropies)
+    backward(*arguments, grad_logp, grad_entropy)
+    return gradient
+
+
+@_backward_operator.register_fake
+def _backward_operator_shapes(logits: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _save_for_operator_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, tokens, ctx.inverse, inverse_rows, mask, ctx.entropy = inputs
+    _, entropies, maximum, total = output
+    ctx.save_for_backward(logits, tokens, inverse_rows, mask, maximum, total, entropies)
+
+
+def _operator_backward(
+    ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *others: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    logits, tokens, inverse_rows, mask, maximum, total, entropies = ctx.saved_tensors
+    arguments = (logits, tokens, ctx.inverse, inverse_rows, mask, maximum, total, entropies)
+    gradient = _backward_operator(*arguments, grad_logp, grad_entropy if ctx.entropy else None)
+    return gradient, None, None, None, None, None
+
+
+operator.register_autograd(_operator_backward, setup_context=_save_for_operator_backward)
+
+
 class TokenLogProbs(torch.autograd.Function):
     """logits [A, B, V], tokens [A * B, K], the rest [A * B] -> logp [A * B, K] and entropy [A * B] (None unless asked
     for). The operation, its edge cases and its gradient are described in `rlhf_kernels/ops/token_logprobs.py`."""

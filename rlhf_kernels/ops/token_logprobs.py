@@ -11,7 +11,7 @@ from rlhf_kernels.ops import _check, _rows
 
 
 class LogProbs(NamedTuple):
-    """Per token: `logp` in nats, and the `entropy` of the whole distribution in nats (None unless asked for)."""
+    """`logp` of each token in nats, and the `entropy` of each whole distribution in nats (None unless asked for)."""
 
     logp: Tensor
     entropy: Tensor | None
@@ -30,14 +30,15 @@ def token_logprobs(
 
         logp = z[token] - log sum_j exp(z_j),    entropy = -sum_j p_j log p_j,    z = logits / temperature
 
-    logits [..., V] floating, any strides; tokens [...] integer. `temperature` is a number or a tensor [...] (one per
-    row) and must be the one that the tokens were sampled at; it gets no gradient. `mask` [...] bool, True = counts: a
-    masked position gives exactly 0 and gets exactly 0 gradient, whatever lies under it. `entropy=True` adds the
-    entropy, which is differentiable too and does not change a bit of logp.
+    logits [..., V] floating, any strides; tokens [...] integer, or [..., K] for K tokens of each row (the top ones of a
+    teacher, say), which gives logp [..., K] for one reading of the logits. `temperature` is a number or a tensor [...]
+    (one per row) and must be the one that the tokens were sampled at; it gets no gradient. `mask` [...] bool, True =
+    counts: a masked position gives exactly 0 and gets exactly 0 gradient, whatever lies under it. `entropy=True` adds
+    the entropy, which is differentiable too and does not change a bit of logp.
 
-    Results are in nats, shape [...], float32 (float64 for float64 logits), accumulated in that dtype. A logit of -inf
-    has probability 0; a row of nothing but -inf gives logp -inf, entropy 0 and gradient 0. A row's result depends on
-    no other row.
+    Results are in nats, logp in the shape of tokens, entropy [...], float32 (float64 for float64 logits), accumulated
+    in that dtype. A logit of -inf has probability 0; a row of nothing but -inf gives logp -inf, entropy 0 and gradient
+    0. A row's result depends on no other row.
 
     `inplace_backward=True` writes the gradient over the logits' storage: use it where nobody reads the logits after
     the backward pass. A second backward then raises. (Under torch.compile it changes nothing: the compiler plans the
@@ -48,50 +49,64 @@ def token_logprobs(
     """
     check_logits(logits, tokens, mask)
     dtype = _check.accumulation_dtype(logits)
-    inverse = _rows.inverse_temperature(temperature, tokens.shape, mask, dtype)
+    leading = logits.shape[:-1]
+    inverse = _rows.inverse_temperature(temperature, leading, mask, dtype)
     if inplace_backward:
         _check_overwritable(logits)
+    by_row = tokens if tokens.dim() == logits.dim() else tokens.unsqueeze(-1)
     if backend.use_triton("token_logprobs", logits):
-        return _on_triton(logits, tokens, inverse, mask, entropy, inplace_backward)
-    if torch.compiler.is_compiling():
+        logp, entropies = _on_triton(logits, by_row, inverse, mask, entropy, inplace_backward)
+    elif torch.compiler.is_compiling():
         return definition(logits.to(dtype), tokens, inverse, mask, entropy)
+    else:
+        logp, entropies = _on_torch(logits, by_row, inverse, mask, entropy, inplace_backward)
+    return LogProbs(logp.view(tokens.shape), None if entropies is None else entropies.view(leading))
 
-    safe_tokens, outside = inside_vocabulary(tokens, logits.shape[-1], mask)
+
+def _on_torch(
+    logits: Tensor, tokens: Tensor, inverse: float | Tensor | None, mask: Tensor | None, entropy: bool, inplace: bool
+) -> tuple[Tensor, Tensor | None]:
+    """logits [..., V], tokens [..., K] -> logp [A, B, K] and entropy [A, B, 1]."""
+    safe_tokens, outside = inside_vocabulary(tokens, logits.shape[-1], None if mask is None else mask.unsqueeze(-1))
     rows = _rows.rows_first(logits)
     columns = (*rows.shape[:-1], 1)
     if isinstance(inverse, Tensor):
         inverse = inverse.reshape(columns)
     masked = None if mask is None else ~mask.reshape(columns)
-    arguments = (rows, safe_tokens.reshape(columns), inverse, masked, entropy)
+    arguments = (rows, safe_tokens.reshape(*rows.shape[:-1], tokens.shape[-1]), inverse, masked, entropy)
     if rows.requires_grad and torch.is_grad_enabled():
-        logp, entropies = _TokenLogProbs.apply(*arguments, inplace_backward)
+        logp, entropies = _TokenLogProbs.apply(*arguments, inplace)
     else:
         logp, entropies, *_ = _forward(*arguments)
-    logp = logp.view(tokens.shape)
-    if outside is not None:
-        logp = logp.masked_fill(outside, math.nan)
-    return LogProbs(logp, None if entropies is None else entropies.view(tokens.shape))
+    return (logp if outside is None else logp.masked_fill(outside.view(logp.shape), math.nan)), entropies
 
 
 def _on_triton(
     logits: Tensor, tokens: Tensor, inverse: float | Tensor | None, mask: Tensor | None, entropy: bool, inplace: bool
-) -> LogProbs:
+) -> tuple[Tensor, Tensor | None]:
+    """logits [..., V], tokens [..., K] -> logp [N, K] and entropy [N]."""
     from rlhf_kernels._triton import token_logprobs as twin
 
-    if _check.on_host(tokens):  # the interpreter
-        _check.token_ids(tokens if mask is None else tokens.masked_fill(~mask, 0), logits.shape[-1])
-    rows = tokens.numel()
+    if _check.on_host(tokens) and not torch.compiler.is_compiling():  # the interpreter
+        _check.token_ids(tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0), logits.shape[-1])
+    rows = logits.shape[:-1].numel()
+    number = inverse if isinstance(inverse, float) else 1.0
     inverse_rows = inverse.reshape(rows) if isinstance(inverse, Tensor) else None
-    logp, entropies = twin.TokenLogProbs.apply(
+    compiling = torch.compiler.is_compiling()
+    if compiling and inverse is not None and inverse_rows is None:  # a number would be compiled into the graph
+        number, inverse_rows = 1.0, torch.ones(rows, device=logits.device) * inverse
+    arguments = (
         _rows.rows_first(logits),
-        tokens.reshape(rows, 1),
-        inverse if isinstance(inverse, float) else 1.0,
+        tokens.reshape(rows, tokens.shape[-1]),
+        number,
         inverse_rows,
         None if mask is None else mask.reshape(rows),
         entropy,
-        inplace,
     )
-    return LogProbs(logp.view(tokens.shape), None if entropies is None else entropies.view(tokens.shape))
+    if compiling:  # the compiler plans the memory itself: nothing is to be won in place
+        logp, entropies, *_ = twin.operator(*arguments)
+        return logp, entropies if entropy else None
+    return twin.TokenLogProbs.apply(*arguments, inplace)
 
 
 def definition(
@@ -103,30 +118,32 @@ def definition(
     """
     if inverse is not None:
         logits = logits * (inverse.unsqueeze(-1) if isinstance(inverse, Tensor) else inverse)
-    dead = torch.zeros_like(tokens, dtype=torch.bool) if mask is None else ~mask
-    outside = ((tokens < 0) | (tokens >= logits.shape[-1])) & ~dead
-    empty = (logits.detach().amax(-1) == -math.inf) & ~dead
-    log_p = torch.log_softmax(logits.masked_fill((dead | empty).unsqueeze(-1), 0), -1)
-    safe_tokens = tokens.masked_fill(dead | outside, 0).long()
-    logp = log_p.gather(-1, safe_tokens.unsqueeze(-1)).squeeze(-1)
-    logp = logp.masked_fill(empty, -math.inf).masked_fill(outside, math.nan).masked_fill(dead, 0)
+    by_row = tokens if tokens.dim() == logits.dim() else tokens.unsqueeze(-1)
+    empty = logits.detach().amax(-1, keepdim=True) == -math.inf
+    dead = torch.zeros_like(empty) if mask is None else ~mask.unsqueeze(-1)
+    empty = empty & ~dead
+    outside = ((by_row < 0) | (by_row >= logits.shape[-1])) & ~dead
+    log_p = torch.log_softmax(logits.masked_fill(dead | empty, 0), -1)
+    logp = log_p.gather(-1, by_row.masked_fill(dead | outside, 0).long())
+    logp = logp.masked_fill(empty, -math.inf).masked_fill(outside, math.nan).masked_fill(dead, 0).view(tokens.shape)
     if not entropy:
         return LogProbs(logp, None)
-    entropies = -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)).sum(-1)
-    return LogProbs(logp, entropies.masked_fill(dead | empty, 0))
+    entropies = -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)).sum(-1, keepdim=True)
+    return LogProbs(logp, entropies.masked_fill(dead | empty, 0).squeeze(-1))
 
 
 def check_logits(logits: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
-    """Raise TypeError or ValueError unless logits [..., V], tokens [...] and mask [...] belong together."""
+    """Raise TypeError or ValueError unless logits [..., V], tokens [...] or [..., K] and mask [...] belong together."""
     _check.floating(logits=logits)
     _check.integer(tokens=tokens)
-    if logits.shape[:-1] != tokens.shape or logits.dim() == 0:
+    several = tokens.dim() == logits.dim() > 0
+    if logits.dim() == 0 or logits.shape[:-1] != (tokens.shape[:-1] if several else tokens.shape):
         raise ValueError(
             f"logits have shape {list(logits.shape)}, tokens {list(tokens.shape)}: expected logits [..., V] with "
-            "one token for each row of V logits"
+            "tokens [...], one for each row of V logits, or [..., K]"
         )
     if mask is not None:
-        _check.boolean_mask(mask, tokens.shape)
+        _check.boolean_mask(mask, logits.shape[:-1])
 
 
 def inside_vocabulary(tokens: Tensor, vocabulary: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -170,11 +187,11 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     @_autograd.differentiable_once
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        """(g * (onehot - p) - h * p * (log p + entropy)) / temperature, with g = grad_logp, h = grad_entropy."""
+        """(sum_k g_k (onehot_k - p) - h p (log p + entropy)) / temperature, with g = grad_logp, h = grad_entropy."""
         _autograd.refuse_second_inplace_backward(ctx)
         logits, tokens, entropies, shift, total, still = ctx.saved_tensors
         inverse, dtype = ctx.inverse, total.dtype
-        g = torch.zeros_like(total) if grad_logp is None else grad_logp
+        g = torch.zeros_like(total).expand(tokens.shape) if grad_logp is None else grad_logp
         if still is not None:
             g = g.masked_fill(still, 0)
         h, log_scale = grad_entropy, None
@@ -183,6 +200,7 @@ class _TokenLogProbs(torch.autograd.Function):
         if h is not None:
             log_scale = total.log() - entropies
 
+        g_of_row = g if g.shape[-1] == 1 else g.sum(-1, keepdim=True)
         own_memory = logits.dtype != dtype
         tiles = _rows.Tiles(logits, dtype, scratches=own_memory + (h is not None))
         scratch = tiles.scratch() if own_memory else None
@@ -192,7 +210,7 @@ class _TokenLogProbs(torch.autograd.Function):
             x, out = logits[tile], gradient[tile]
             d = out if scratch is None else scratch.like(out)
             at = (_rows.part(shift, tile), _rows.part(inverse, tile))
-            bracket = g[tile]
+            bracket = g_of_row[tile]
             if second is not None and h is not None and log_scale is not None:
                 log_p_and_entropy = torch.sub(
                     _rows.over_temperature(x, *at, second.like(x)), log_scale[tile], out=second.like(x)
@@ -214,7 +232,7 @@ class _TokenLogProbs(torch.autograd.Function):
 def _forward(
     logits: Tensor, tokens: Tensor, inverse: float | Tensor | None, masked: Tensor | None, entropy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """logits [A, B, V], the rest [A, B, 1] -> logp and entropy; and for the backward pass shift (None: 0),
+    """logits [A, B, V], tokens [A, B, K], the rest [A, B, 1] -> logp, entropy; and for the backward pass shift (or 0),
     total = sum_j exp((x_j - shift) / temperature), and which rows get no gradient: masked, or nothing but -inf.
 
     On a CPU the exponentials are taken of the logits as they are, which saves the passes that find the maximum and
@@ -222,6 +240,7 @@ def _forward(
     """
     dtype = _check.accumulation_dtype(logits)
     own = logits.gather(-1, tokens).to(dtype)
+    none = own.new_empty(*logits.shape[:-1], 1)
     shift = None if _check.on_host(logits) else _rows.finite_maximum(logits).to(dtype)
     tiles = _rows.Tiles(logits, dtype, scratches=1 + entropy)
     scratch, second = tiles.scratch(), tiles.scratch() if entropy else None
@@ -233,11 +252,11 @@ def _forward(
         if second is not None:
             z = second.like(x).copy_(_rows.over_temperature(x, *at, second.like(x)))
             entropy_columns.append(_rows.entropy_of(z, exponential, totals[-1]))
-    total = _rows.joined(totals, own)
-    entropies = _rows.joined(entropy_columns, own) if entropy else None
+    total = _rows.joined(totals, none)
+    entropies = _rows.joined(entropy_columns, none) if entropy else None
 
     if shift is None and not bool(_rows.is_safe(total).all()):
-        shift = torch.zeros_like(own)
+        shift = torch.zeros_like(total)
         _again_from_the_maximum(logits, inverse, masked, shift, total, entropies, tiles.rows)
     logp = own if shift is None else own - shift
     logp = (logp if inverse is None else logp * inverse) - total.log()

@@ -1,10 +1,8 @@
 """The kernels' tests run on every path: torch where the host may look at values, torch where it may not, and Triton.
 
-Where there is no GPU, Triton's interpreter runs the kernels on the CPU. It is switched on here, before any kernel is
-imported.
+Where there is no GPU, Triton's interpreter runs the kernels on the CPU (tests/conftest.py switches it on).
 """
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,10 +10,6 @@ import torch
 
 from rlhf_kernels import backend
 from rlhf_kernels.ops import _check
-
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(params=["host", "device", "triton"])
@@ -26,5 +20,5 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if request.param != "triton":
         yield request.param
         return
-    with backend.using("triton"), torch.device("cuda" if GPU else "cpu"):
+    with backend.using("triton"), torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         yield request.param

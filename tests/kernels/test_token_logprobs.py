@@ -88,6 +88,32 @@ def test_any_leading_dimensions(leading: tuple[int, ...], path: str) -> None:
     assert token_logprobs(logits, tokens).entropy is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_tokens_of_each_row(dtype: torch.dtype, path: str) -> None:
+    logits, _ = example(2, 3, 50, dtype=dtype)
+    tokens = torch.randint(50, (2, 3, 4))
+    tokens[0, 0] = 7  # the same token four times
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    tokens[0, 2] = 99
+    logits[1, 0, 9] = -INF
+    tokens[1, 0, 0] = 9
+    leaf = logits.clone().requires_grad_()
+    result = token_logprobs(leaf, tokens, temperature=0.7, mask=mask, entropy=True)
+    assert result.logp.shape == (2, 3, 4) and result.entropy.shape == (2, 3)
+    upstream, upstream_entropy = torch.randn(2, 3, 4), torch.randn(2, 3)
+    torch.autograd.backward(result, (upstream, upstream_entropy))
+    expected = torch.zeros(2, 3, 50, dtype=torch.float64)
+    for k in range(4):
+        one = tokens[..., k].masked_fill(~mask, 0)
+        logp, entropy = textbook(logits, one, 0.7)
+        close(result.logp[..., k], logp.masked_fill(~mask, 0), 3e-6)
+        close(result.entropy, entropy.masked_fill(~mask, 0), 3e-6)
+        h = upstream_entropy if k == 0 else torch.zeros(2, 3)
+        expected += textbook_gradient(logits, one, upstream[..., k], h, 0.7)
+    expected[0, 2] = 0
+    torch.testing.assert_close(leaf.grad.double(), expected, rtol=rounding(dtype, path), atol=5e-6)
+
+
 @pytest.mark.parametrize("temperature", [0.7, 2.0, "rows"])
 def test_temperature_divides_in_forward_and_backward(temperature, path: str) -> None:
     logits, tokens = example(4, 6, 50)
@@ -379,7 +405,8 @@ def compiled_example(logits: Tensor, tokens: Tensor, mask: Tensor, temperature: 
     return token_logprobs(logits, tokens, temperature=temperature, mask=mask, entropy=True)
 
 
-def test_compiles_as_one_graph_and_not_again_for_new_sizes() -> None:
+@pytest.mark.parametrize("path", ["host", "triton"], indirect=True)
+def test_compiles_as_one_graph_and_not_again_for_new_sizes(path: str) -> None:
     graphs = []
 
     def count(graph, inputs):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhf_engine.manager import manager
 from rlhf_engine.split import part
 from rlhf_engine.stages.reward import by_texts
 from rlhf_plugins.human_ratings import HumanRatings
@@ -129,6 +130,12 @@ def test_a_missing_file_is_named_with_the_remedy(tmp_path):
         preferences(plugin, "train")
     assert "data/sdist.tar.gz is missing" in str(error.value)
     assert REMEDY + str(tmp_path / "data") in str(error.value)
+
+
+def test_a_missing_file_stops_a_run_before_its_first_stage(tmp_path):
+    hook = manager([HumanRatings(path=str(tmp_path / "sdist.tar.gz"))]).hook
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        hook.rlhf_run_started.call_historic(kwargs={"run": None})
 
 
 def test_a_truncated_or_changed_file_is_named_with_the_remedy(tmp_path, ratings_path):
