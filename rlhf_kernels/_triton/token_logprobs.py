@@ -341,8 +341,7 @@ def _operator_shapes(
     return new(tokens.shape), new(rows if entropy else 0), new(rows), new(rows)
 
 
-@functools.partial(torch.library.custom_op, "rlhf_kernels::token_logprobs_backward", mutates_args=())
-def _backward_operator(
+def _new_gradient(
     logits: Tensor,
     tokens: Tensor,
     inverse: float,
@@ -358,6 +357,9 @@ def _backward_operator(
     arguments = (logits, gradient, tokens, inverse, inverse_rows, mask, maximum, total, entropies)
     backward(*arguments, grad_logp, grad_entropy)
     return gradient
+
+
+_backward_operator = torch.library.custom_op("rlhf_kernels::token_logprobs_backward", _new_gradient, mutates_args=())
 
 
 @_backward_operator.register_fake
