@@ -53,27 +53,34 @@ def token_logprobs(
     inverse = _rows.inverse_temperature(temperature, leading, mask, dtype)
     if inplace_backward:
         _check_overwritable(logits)
-    by_row = tokens if tokens.dim() == logits.dim() else tokens.unsqueeze(-1)
     if backend.use_triton("token_logprobs", logits):
-        logp, entropies = _on_triton(logits, by_row, inverse, mask, entropy, inplace_backward)
+        logp, entropies = _on_triton(logits, tokens, inverse, mask, entropy, inplace_backward)
     elif torch.compiler.is_compiling():
         return definition(logits.to(dtype), tokens, inverse, mask, entropy)
     else:
-        logp, entropies = _on_torch(logits, by_row, inverse, mask, entropy, inplace_backward)
+        logp, entropies = _on_torch(logits, tokens, inverse, mask, entropy, inplace_backward)
     return LogProbs(logp.view(tokens.shape), None if entropies is None else entropies.view(leading))
 
 
 def _on_torch(
     logits: Tensor, tokens: Tensor, inverse: float | Tensor | None, mask: Tensor | None, entropy: bool, inplace: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """logits [..., V], tokens [..., K] -> logp [A, B, K] and entropy [A, B, 1]."""
-    safe_tokens, outside = inside_vocabulary(tokens, logits.shape[-1], None if mask is None else mask.unsqueeze(-1))
+    """logp [A, B, K] and entropy [A, B, 1]."""
+    several = tokens.dim() == logits.dim()
+    of_tokens = mask.unsqueeze(-1) if mask is not None and several else mask
+    safe_tokens, outside = inside_vocabulary(tokens, logits.shape[-1], of_tokens)
     rows = _rows.rows_first(logits)
     columns = (*rows.shape[:-1], 1)
     if isinstance(inverse, Tensor):
         inverse = inverse.reshape(columns)
     masked = None if mask is None else ~mask.reshape(columns)
-    arguments = (rows, safe_tokens.reshape(*rows.shape[:-1], tokens.shape[-1]), inverse, masked, entropy)
+    arguments = (
+        rows,
+        safe_tokens.reshape(*rows.shape[:-1], tokens.shape[-1] if several else 1),
+        inverse,
+        masked,
+        entropy,
+    )
     if rows.requires_grad and torch.is_grad_enabled():
         logp, entropies = _TokenLogProbs.apply(*arguments, inplace)
     else:
@@ -84,11 +91,12 @@ def _on_torch(
 def _on_triton(
     logits: Tensor, tokens: Tensor, inverse: float | Tensor | None, mask: Tensor | None, entropy: bool, inplace: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """logits [..., V], tokens [..., K] -> logp [N, K] and entropy [N]."""
+    """logp [N, K] and entropy [N]."""
     from rlhf_kernels._triton import token_logprobs as twin
 
+    several = tokens.dim() == logits.dim()
     if _check.on_host(tokens) and not torch.compiler.is_compiling():  # the interpreter
-        _check.token_ids(tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0), logits.shape[-1])
+        inside_vocabulary(tokens, logits.shape[-1], mask.unsqueeze(-1) if mask is not None and several else mask)
     rows = logits.shape[:-1].numel()
     number = inverse if isinstance(inverse, float) else 1.0
     inverse_rows = inverse.reshape(rows) if isinstance(inverse, Tensor) else None
@@ -97,7 +105,7 @@ def _on_triton(
         number, inverse_rows = 1.0, torch.ones(rows, device=logits.device) * inverse
     arguments = (
         _rows.rows_first(logits),
-        tokens.reshape(rows, tokens.shape[-1]),
+        tokens.reshape(rows, tokens.shape[-1] if several else 1),
         number,
         inverse_rows,
         None if mask is None else mask.reshape(rows),
