@@ -527,6 +527,8 @@ def test_a_value_head_reads_the_trunks_own_hidden_states(kind, tokenizer, tmp_pa
     expected = (theirs.double() * torch.linspace(-1, 1, 16)).sum(-1).float()
     torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-5)
     assert values.unique().numel() == 8
+    values.sum().backward()
+    assert policy.model.get_input_embeddings().weight.grad.abs().max() > 0
 
 
 def test_a_value_head_is_saved_beside_the_language_model(policy, tmp_path):
