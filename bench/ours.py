@@ -50,20 +50,25 @@ def grpo(
 
 def ppo(
     policy: LlamaForCausalLM,
-    critic: LlamaForSequenceClassification,
+    critic: LlamaForSequenceClassification | None,
     reward_model: LlamaForSequenceClassification,
     tokenizer: PreTrainedTokenizerFast,
     prompts: list[str],
     setting: Setting,
 ) -> Callable[[], None]:
-    """32 prompts, reward model, critic, frozen reference, 4 epochs of one minibatch each."""
+    """32 prompts, reward model, critic, frozen reference, 4 epochs of one minibatch each.
+
+    Without a critic the values come from a head on the policy's trunk: one network is trained instead of two.
+    """
     models = Models(
         tokenizer=HFTokenizer(copy.deepcopy(tokenizer)),
         policy=HFPolicy(copy.deepcopy(policy)),
         reference=HFPolicy(copy.deepcopy(policy)).requires_grad_(False),
-        critic=HFScalar(copy.deepcopy(critic)),
+        critic=None if critic is None else HFScalar(copy.deepcopy(critic)),
         reward_model=HFScalar(copy.deepcopy(reward_model)).requires_grad_(False),
     )
+    if critic is None:
+        models.policy.add_value_head()  # type: ignore[union-attr]
     engine = Engine(
         [PPO(), KLPenalty(beta=0.05), Whiten(), RewardModelScore()], models, response_length=setting.response_length
     )

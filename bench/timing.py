@@ -95,11 +95,12 @@ def ratios(ours: list[float], theirs: list[float]) -> tuple[float, float, float]
 def table(timings: dict[str, Timing]) -> str:
     """Medians of each, and its paired ratio to the first one named; the spread is the lowest and highest round."""
     first = next(iter(timings.values()))
-    lines = [f"{'':24s}{'CPU s':>9s}{'wall s':>9s}   CPU ratio (lowest-highest)   wall ratio (lowest-highest)"]
+    width = max(map(len, timings)) + 2
+    lines = [f"{'':{width}s}{'CPU s':>9s}{'wall s':>9s}   CPU ratio (lowest-highest)   wall ratio (lowest-highest)"]
     for name, timing in timings.items():
         cpu, wall = ratios(first.cpu, timing.cpu), ratios(first.wall, timing.wall)
         lines.append(
-            f"{name:24s}{statistics.median(timing.cpu):9.4f}{statistics.median(timing.wall):9.4f}"
+            f"{name:{width}s}{statistics.median(timing.cpu):9.4f}{statistics.median(timing.wall):9.4f}"
             f"   {cpu[0]:9.2f} ({cpu[1]:.2f}-{cpu[2]:.2f}){'':8s}   {wall[0]:9.2f} ({wall[1]:.2f}-{wall[2]:.2f})"
         )
     return "\n".join(lines)

@@ -214,7 +214,7 @@ class Output:
     entropy: Tensor | None = None
     """[B, T] fp32, nats; None unless a plugin needs it"""
     values: Tensor | None = None
-    """[B, T] fp32, with gradient; None without a critic"""
+    """[B, T] fp32, with gradient; None unless a plugin needs it"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pluggy
@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from rlhf_engine.batch import Batch, Loss, Output, Prompt, Reward, Rewarded, Rollout, Scored
 from rlhf_engine.config import did_you_mean
 from rlhf_engine.manager import PluginError, manager, require
-from rlhf_engine.models import Critic, Models, Policy
+from rlhf_engine.models import Heads, Models
 
 __all__ = ["Engine", "RewardError"]
 
@@ -80,9 +80,13 @@ class Engine:
         refuse_single_samples(self.manager, samples_per_prompt)
         if models.policy is None:
             raise ValueError("models.policy is None: there is nothing to train")
-        for need, model in (("ref_logp", "reference"), ("values", "critic")):
-            if need in self.needs and getattr(models, model) is None:
-                raise PluginError(f'{_who_needs(self.manager, need)} needs "{need}", and models.{model} is None')
+        if "ref_logp" in self.needs and models.reference is None:
+            raise PluginError(f'{_who_needs(self.manager, "ref_logp")} needs "ref_logp", and models.reference is None')
+        if self._own_values and not getattr(models.policy, "has_values", False):
+            raise PluginError(
+                f'{_who_needs(self.manager, "values")} needs "values", and models.critic is None. Give it a critic, or '
+                "a policy with a value head of its own, which says so by `has_values = True`"
+            )
 
     # ------------------------------------------------------------------------------------------- experience
 
@@ -127,22 +131,14 @@ class Engine:
         if not judged.all():
             rollout, scores = rollout[judged], scores[judged]
             by_name = {name: values[judged] for name, values in by_name.items()}
-        old_logp = rollout.logp
-        if "old_logp" in self.needs:
-            old_logp = self._by_rows(rollout, lambda rows: self._logp(self.models.policy, rows))
-        ref_logp = values = None
+        columns = {"old_logp": rollout.logp}
+        if "old_logp" in self.needs or self._own_values:
+            columns |= self._by_rows(rollout, self._of_policy)
         if "ref_logp" in self.needs:
-            ref_logp = self._by_rows(rollout, lambda rows: self._logp(self.models.reference, rows))
-        if "values" in self.needs:
-            values = self._by_rows(rollout, lambda rows: self._values(self.models.critic, rows))
-        return rollout.extend(
-            Scored,
-            scores=scores,
-            rewards_by_name=by_name,
-            old_logp=old_logp,
-            ref_logp=ref_logp,
-            values=values,
-        )
+            columns |= self._by_rows(rollout, self._of_reference)
+        if "values" in self.needs and not self._own_values:
+            columns |= self._by_rows(rollout, self._of_critic)
+        return rollout.extend(Scored, scores=scores, rewards_by_name=by_name, **columns)
 
     def token_rewards(self, scored: Scored) -> Rewarded:
         """A reward for every token: by default the score at the last one, less a KL penalty if one is active."""
@@ -174,7 +170,9 @@ class Engine:
             temperature=self.temperature,
             entropy="entropy" in self.needs,
         )
-        values = self._values(self.models.critic, batch) if "values" in self.needs else None
+        values = None
+        if "values" in self.needs:
+            values = self._values(heads, batch) if self._own_values else self._of_critic(batch)["values"]
         return Output(logp=logp, entropy=entropy, values=values)
 
     def loss(self, batch: Batch) -> Loss:
@@ -206,8 +204,8 @@ class Engine:
 
     def parameters(self) -> list[Tensor]:
         """What the optimizer trains: the policy's parameters, and the critic's if a plugin needs values."""
-        trained = [self.models.policy, *([self.models.critic] if "values" in self.needs else [])]
-        return list(dict.fromkeys(p for m in trained for p in m.parameters() if p.requires_grad))  # type: ignore
+        trained = [self.models.policy, self.models.critic if "values" in self.needs else None]
+        return list(dict.fromkeys(p for m in trained if m is not None for p in m.parameters() if p.requires_grad))  # type: ignore
 
     def _no_dropout(self) -> None:
         """In RL the models are always in evaluation mode; with dropout the first ratio would not be 1."""
@@ -265,23 +263,49 @@ class Engine:
             )
         return values
 
-    def _by_rows(self, rollout: Rollout, function: Any) -> Tensor:
-        self._no_dropout()
-        pieces = rollout.split(self.rows_per_forward or len(rollout))
-        return torch.cat([function(piece) for piece in pieces])
+    @property
+    def _own_values(self) -> bool:
+        """Whether the values that a plugin needs come with the policy's own forward."""
+        return "values" in self.needs and self.models.critic is None
 
-    def _logp(self, policy: Policy | None, rollout: Rollout) -> Tensor:
-        assert policy is not None
-        heads = policy(*_sequence(rollout))
+    def _by_rows(self, rollout: Rollout, function: Callable[[Rollout], dict[str, Tensor]]) -> dict[str, Tensor]:
+        self._no_dropout()
+        pieces = [function(piece) for piece in rollout.split(self.rows_per_forward or len(rollout))]
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _of_policy(self, rollout: Rollout) -> dict[str, Tensor]:
+        """The columns that take a forward of the policy: one gives them all."""
+        assert self.models.policy is not None
+        heads = self.models.policy(*_sequence(rollout))
+        columns = {"old_logp": self._logp(heads, rollout)} if "old_logp" in self.needs else {}
+        return columns | ({"values": self._values(heads, rollout)} if self._own_values else {})
+
+    def _of_reference(self, rollout: Rollout) -> dict[str, Tensor]:
+        assert self.models.reference is not None
+        return {"ref_logp": self._logp(self.models.reference(*_sequence(rollout)), rollout)}
+
+    def _of_critic(self, rollout: Rollout) -> dict[str, Tensor]:
+        assert self.models.critic is not None
+        return {"values": self._before_tokens(self.models.critic(*_sequence(rollout)), rollout)}
+
+    def _logp(self, heads: Heads, rollout: Rollout) -> Tensor:
         start = rollout.prompt_tokens.shape[1] - 1
         return heads.logprobs(rollout.tokens, rollout.mask, start=start, temperature=self.temperature).logp
 
-    def _values(self, critic: Critic | None, rollout: Rollout) -> Tensor:
-        """The value before each response token, `[B, T]`."""
-        assert critic is not None
+    def _values(self, heads: Heads, rollout: Rollout) -> Tensor:
+        if heads.values is None:
+            raise PluginError(
+                f'{_who_needs(self.manager, "values")} needs "values", models.critic is None, and the policy, a '
+                f"{type(self.models.policy).__name__}, returned Heads without them. Return Heads(..., values=tensor of "
+                "shape [B, L]), or give models a critic"
+            )
+        return self._before_tokens(heads.values, rollout)
+
+    @staticmethod
+    def _before_tokens(values: Tensor, rollout: Rollout) -> Tensor:
+        """The value before each response token, `[B, T]`, of those at every position, `[B, L]`."""
         start = rollout.prompt_tokens.shape[1] - 1
-        values = critic(*_sequence(rollout))[:, start : start + rollout.tokens.shape[1]]
-        return values.masked_fill(~rollout.mask, 0.0)
+        return values[:, start : start + rollout.tokens.shape[1]].masked_fill(~rollout.mask, 0.0)
 
 
 def needs(made: pluggy.PluginManager) -> set[str]:

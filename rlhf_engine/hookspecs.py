@@ -108,8 +108,9 @@ def rlhf_models(run: Run, stage: str, needs: set[str]) -> Models:
     """One answer. The models of a stage, with their starting weights.
 
     `stage` is `pretrain` (tokenizer, fresh policy), `reward` (tokenizer, reward model on the pretrained trunk)
-    or `rl` (tokenizer, policy; reference if "ref_logp" and critic if "values" is among `needs`; the reward
-    model if the run has one). `run.result("pretrain")` is the folder an earlier stage left, or None.
+    or `rl` (tokenizer, policy; reference if "ref_logp" is among `needs`; critic, or a policy that has values of
+    its own, if "values" is; the reward model if the run has one). `run.result("pretrain")` is the folder that an
+    earlier stage left, or None.
     """
     raise NotImplementedError
 
@@ -162,7 +163,7 @@ def rlhf_reward(rollout: Rollout, prompts: list[Prompt], texts: list[str], model
 @_hookspec
 def rlhf_needs() -> set[str]:
     """All answers, united. What the engine must compute for this plugin: any of "ref_logp" (the reference's
-    log-probs), "values" (a critic), "old_logp" (the policy's log-probs again in the training forward, so that
+    log-probs), "values" (a critic's), "old_logp" (the policy's log-probs again in the training forward, so that
     the first ratio is exactly 1; otherwise the sampler's are taken), "entropy" (with gradient, in the loss),
     "groups" (at least two responses to every prompt)."""
     raise NotImplementedError

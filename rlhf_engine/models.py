@@ -46,6 +46,8 @@ class Heads:
     bias: Tensor | None = None
     """[V]"""
     softcap: float | None = None
+    values: Tensor | None = None
+    """[B, L] fp32: the value at every position, where the policy has a value head of its own"""
 
     def logprobs(
         self, tokens: Tensor, mask: Tensor, *, start: int, temperature: float = 1.0, entropy: bool = False
@@ -80,7 +82,8 @@ class Heads:
 class Policy(Protocol):
     """A language model: an `nn.Module` or anything that has these.
 
-    If it has an attribute `context`, that is the most tokens that a sequence may have.
+    If it has an attribute `context`, that is the most tokens that a sequence may have. If it has an attribute
+    `has_values` and that is True, its `Heads` have values, and an algorithm that needs some can do without a critic.
     """
 
     def __call__(self, tokens: Tensor, mask: Tensor) -> Heads:
@@ -131,7 +134,7 @@ class Critic(Protocol):
 
 @dataclass(kw_only=True)
 class Models:
-    """The models of one stage; None where the stage has no use for one."""
+    """The models of one stage; None where the stage has no use for one, or the policy is its own critic."""
 
     tokenizer: Tokenizer
     policy: Policy | None = None

@@ -28,6 +28,7 @@ def load_models(
     *,
     reference: bool = False,
     critic: bool = False,
+    value_head: bool = False,
     reward_model: Path | str | None = None,
     device: str | torch.device = "cpu",
 ) -> Models:
@@ -38,6 +39,7 @@ def load_models(
         reference: also a frozen copy of the policy.
         critic: also a value model, on the reward model's trunk if there is one, else on the policy's; its head
             is 0, so its first values are.
+        value_head: also a value head, at 0, on the policy's own trunk; it serves where there is no critic.
         reward_model: the folder of a sequence classifier with the same tokenizer, which is frozen.
         device: where the models live.
 
@@ -50,6 +52,8 @@ def load_models(
     models = Models(tokenizer=tokenizer, policy=policy, device=torch.device(device))
     if reference:
         models.reference = copy.deepcopy(policy).requires_grad_(False).eval()
+    if value_head:
+        policy.add_value_head()
     if reward_model is not None:
         judge = HFScalar.load_folder(reward_model)
         if not tokenizer.same_tokens(HFTokenizer.load(reward_model)):
@@ -86,6 +90,8 @@ class HuggingFace:
     """a fresh tokenizer is trained on at most so many of the training documents"""
     policy: str = ""
     """a Hugging Face folder (model and tokenizer) to start from instead of a fresh model; empty: a fresh one"""
+    shared_critic: bool = False
+    """values from a head on the policy's trunk: half the work and memory, but their loss then moves the policy too"""
     device: str = ""
     """where the models live, "cpu" or "cuda" say; empty: the first GPU, if there is one"""
 
@@ -119,7 +125,8 @@ class HuggingFace:
         return load_models(
             start,
             reference="ref_logp" in needs,
-            critic="values" in needs,
+            critic="values" in needs and not self.shared_critic,
+            value_head="values" in needs and self.shared_critic,
             reward_model=run.result("reward"),
             device=device,
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -17,13 +19,18 @@ from .generate import sample
 
 __all__ = ["HFPolicy"]
 
+VALUE_HEAD = "value_head.safetensors"
+
 
 class HFPolicy(nn.Module):
     """A causal language model of transformers as the engine's `Policy`, with a sampler of its own."""
 
+    value_head: nn.Parameter | None
+
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.register_parameter("value_head", None)
         self.context = context_of(model.config)
         self._require_known_behaviour()
 
@@ -64,9 +71,21 @@ class HFPolicy(nn.Module):
         """The causal language model in `folder`, in fp32, its dropout off."""
         return cls(read_model(AutoModelForCausalLM, folder, read_config(folder)))
 
+    @property
+    def has_values(self) -> bool:
+        """Whether it has a value head, and so is its own critic."""
+        return self.value_head is not None
+
+    def add_value_head(self) -> None:
+        """Put a linear value head, at 0, on the trunk, which language model and values then share."""
+        size = self.model.config.get_text_config().hidden_size
+        self.value_head = nn.Parameter(torch.zeros(size, device=self.model.device))
+
     def forward(self, tokens: Tensor, mask: Tensor) -> Heads:
         """What the model says of the next token at every position, the logits not yet written out."""
-        return self._heads(hidden_states(self.model, tokens, mask))
+        hidden = hidden_states(self.model, tokens, mask)
+        heads = self._heads(hidden)
+        return heads if self.value_head is None else dataclasses.replace(heads, values=hidden.float() @ self.value_head)
 
     def generate(
         self, tokens: Tensor, mask: Tensor, *, length: int, temperature: float, end_id: int
@@ -75,13 +94,27 @@ class HFPolicy(nn.Module):
         return sample(self.model, self._logits, tokens, mask, length=length, temperature=temperature, end_id=end_id)
 
     def save(self, folder: Path) -> None:
-        """Write a folder that `AutoModelForCausalLM.from_pretrained` opens."""
+        """Write a folder that `AutoModelForCausalLM.from_pretrained` opens; a value head has a file of its own."""
         with quiet():
             self.model.save_pretrained(folder)
+        if self.value_head is not None:
+            save_file({"value_head": self.value_head.detach()}, folder / VALUE_HEAD)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote into this model, in place and bit for bit."""
+        """Read what `save` wrote into this model, in place and bit for bit.
+
+        Raises ValueError if the folder holds another kind or size of model, or one of the two has a value head.
+        """
         restore(self.model, folder)
+        file = folder / VALUE_HEAD
+        if file.exists() != self.has_values:
+            raise ValueError(
+                f"{folder} has {'a' if file.exists() else 'no'} {VALUE_HEAD}, but this policy has "
+                f"{'a' if self.has_values else 'no'} value head: load it into one made with the same `shared_critic`"
+            )
+        if self.value_head is not None:
+            with torch.no_grad():
+                self.value_head.copy_(load_file(file)["value_head"])
 
     def _heads(self, hidden: Tensor) -> Heads:
         head = self.model.get_output_embeddings()

@@ -119,7 +119,7 @@ class RL:
             parameters=engine.parameters(), learning_rate=self.learning_rate, stage="rl"
         )
         trained: dict[str, Any] = {"policy": engine.models.policy}
-        if "values" in engine.needs:
+        if "values" in engine.needs and engine.models.critic is not None:
             trained["critic"] = engine.models.critic
         reference = run.result("pretrain")
         return Resumable(

@@ -100,7 +100,8 @@ def test_a_model_that_is_missing_is_named_with_the_plugin_that_needs_it() -> Non
     tokenizer = ToyTokenizer()
     with pytest.raises(PluginError, match=r'KLPenalty needs "ref_logp", and models\.reference is None'):
         engine(Constant(), Count(), KLPenalty(), models=Models(tokenizer=tokenizer, policy=HiddenPolicy()))
-    with pytest.raises(PluginError, match=r'PPO needs "values", and models\.critic is None'):
+    remedy = r"Give it a critic, or a policy with a value head of its own, which says so by `has_values = True`"
+    with pytest.raises(PluginError, match=rf'PPO needs "values", and models\.critic is None\. {remedy}'):
         engine(PPO(), Count(), models=Models(tokenizer=tokenizer, policy=HiddenPolicy()))
     with pytest.raises(ValueError, match=r"models\.policy is None"):
         engine(models=Models(tokenizer=tokenizer))
@@ -409,6 +410,106 @@ def test_a_few_rows_at_a_time_say_the_same() -> None:
         assert models.policy.calls == models.reference.calls == models.critic.calls == -(-5 // rows)
         for name in ("old_logp", "ref_logp", "values"):
             torch.testing.assert_close(getattr(scored, name), getattr(whole, name), **TINY)
+
+
+# ------------------------------------------------------------------------------ a policy that is its own critic
+
+
+class Valued(HiddenPolicy):
+    """A policy with a value head on its trunk."""
+
+    has_values = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value_head = nn.Parameter(torch.linspace(-1, 1, 8))
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Heads:
+        hidden = self.hidden(tokens, mask)
+        return Heads(hidden=hidden, weight=self.head, values=hidden @ self.value_head)
+
+
+def own_critic(policy: Valued | None = None) -> Models:
+    models = toy_models(policy or Valued())
+    models.critic = None
+    return models
+
+
+def separate_critic(policy: Valued) -> Models:
+    """The same values from a network of its own."""
+    critic = ToyCritic()
+    weights = {name: weight for name, weight in policy.state_dict().items() if name in critic.state_dict()}
+    critic.load_state_dict({**weights, "head": policy.value_head.detach()})
+    models = toy_models(policy)
+    models.critic = critic
+    return models
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+@pytest.mark.parametrize("needs", [{"values"}, {"values", "old_logp"}, {"values", "old_logp", "entropy"}])
+def test_values_come_with_the_policys_one_forward(needs: set[str], rows: int) -> None:
+    rollout = written(["abcd", "c", "ef"], ["ab.", "dddd", "."])
+    policy = Valued()
+    made = engine(Constant(*needs), Count(), models=own_critic(policy), rows_per_forward=rows)
+    scored = made.score(rollout, PROMPTS)
+    assert policy.calls == (1 if rows == 0 else -(-3 // rows))
+    policy.calls = 0
+    output = made.output(scored)
+    assert policy.calls == 1
+
+    two = engine(Constant(*needs), Count(), models=separate_critic(policy), rows_per_forward=rows)
+    expected = two.score(rollout, PROMPTS)
+    for name in ("old_logp", "values"):
+        assert torch.equal(getattr(scored, name), getattr(expected, name))
+    assert scored.values is not None and (scored.values != 0).equal(rollout.mask)
+    expected_output = two.output(expected)
+    for name in ("logp", "entropy", "values"):
+        torch.testing.assert_close(getattr(output, name), getattr(expected_output, name), rtol=0, atol=0)
+
+
+def test_a_separate_critic_is_asked_even_if_the_policy_has_values() -> None:
+    models: Any = toy_models(Valued(), head=1.0)
+    made = engine(Constant("values"), Count(), models=models)
+    rollout = written(["ab"], ["cd."])
+    scored = made.score(rollout, PROMPTS)
+    assert (models.policy.calls, models.critic.calls) == (0, 1)
+    tokens, mask = torch.tensor([[2, 3, 4, 5, 1]]), torch.ones(1, 5).bool()
+    assert torch.equal(scored.values, models.critic(tokens, mask)[:, 1:4])
+    assert torch.equal(made.output(scored).values, scored.values)
+
+
+def test_the_value_loss_of_a_shared_trunk_moves_it() -> None:
+    """The gradients of a shared trunk are the sums of those of a policy and a critic apart."""
+    policy = Valued()
+    joint = engine(PPO(value_coefficient=0.5), Count(), models=own_critic(policy))
+    assert set(joint.parameters()) == set(policy.parameters())
+    apart = engine(PPO(value_coefficient=0.5), Count(), models=separate_critic(copy.deepcopy(policy)))
+    batch = joint.experience(RAGGED, PROMPTS)
+    joint.loss(batch).value.backward()
+    apart.loss(batch).value.backward()
+    alone, critic = (dict(model.named_parameters()) for model in (apart.models.policy, apart.models.critic))  # type: ignore[union-attr]
+    for name in ("embedding.weight", "mix.weight", "mix.bias"):
+        assert critic[name].grad.abs().max() > 1e-3
+        torch.testing.assert_close(policy.get_parameter(name).grad, alone[name].grad + critic[name].grad, **TINY)
+    torch.testing.assert_close(policy.value_head.grad, critic["head"].grad, **TINY)
+    torch.testing.assert_close(policy.head.grad, alone["head"].grad, **TINY)
+
+
+def test_the_first_ratio_is_exactly_1_with_a_shared_trunk_too() -> None:
+    made = engine(PPO(), Count(), models=own_critic(), samples_per_prompt=4)
+    batch = made.experience(made.generate(PROMPTS), PROMPTS)
+    metrics = made.update(batch, torch.optim.SGD(made.parameters(), lr=0.5))
+    assert (metrics["ratio_mean"], metrics["ratio_max"], metrics["approx_kl"]) == (1.0, 1.0, 0.0)
+
+
+def test_a_policy_that_promises_values_and_has_none_is_named() -> None:
+    class Forgetful(HiddenPolicy):
+        has_values = True
+
+    made = engine(PPO(), Count(), models=Models(tokenizer=ToyTokenizer(), policy=Forgetful()))
+    wanted = r'PPO needs "values", models\.critic is None, and the policy, a Forgetful, returned Heads without them'
+    with pytest.raises(PluginError, match=wanted):
+        made.score(written(["a"], ["ab"]), PROMPTS)
 
 
 # ---------------------------------------------------------------------------------- token rewards and advantages

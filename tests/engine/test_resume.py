@@ -23,9 +23,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from rlhf_engine.checkpoint import load_rng, load_tree, rng_state
 from rlhf_engine.config import ConfigError, read_run_file
+from rlhf_engine.engine import Engine
 from rlhf_engine.hookspecs import hookimpl
 from rlhf_engine.run import Run
 from rlhf_engine.stages import resumable
@@ -292,6 +295,39 @@ def test_a_state_part_left_out_of_the_other_stages(
     folder = Path(shutil.copytree(runs.killed("late").snapshots[snapshot], tmp_path / "run"))
     LEFT_OUT[part](monkeypatch)
     assert f"{stage}/result/model.safetensors" in go_on(runs, folder)
+
+
+def test_a_shared_critic_resumes_mid_cycle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(RUN_FILE.format(folder=tmp_path / "run", plugin="tests.engine.resume_plugin:TinyData"))
+    short = ["hf.shared_critic=true", "pretrain.steps=1", "reward.steps=1", "rl.steps=3"]
+
+    def execute(folder: Path) -> None:
+        Run(read_run_file(file, [f"run.folder={folder}", *short])).execute()
+
+    started, real = [], Engine.update
+
+    def update(self: Engine, *arguments: Any, **options: Any) -> dict[str, float]:
+        started.append(1)
+        if len(started) == 8:
+            raise KeyboardInterrupt
+        return real(self, *arguments, **options)
+
+    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    execute(whole)
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "update", update)
+        with pytest.raises(KeyboardInterrupt):
+            execute(interrupted)
+    assert load_tree(interrupted / "rl" / "checkpoints" / "000000009", "state")["position"]["update"] == 3
+    execute(interrupted)
+    assert differences(interrupted, whole) == []
+
+    newest, result = whole / "rl" / "checkpoints" / "000000015", whole / "rl" / "result"
+    assert not (newest / "critic").exists()
+    assert load_file(newest / "policy" / "value_head.safetensors")["value_head"].abs().max() > 0
+    assert (result / "value_head.safetensors").exists()
+    AutoModelForCausalLM.from_pretrained(result)
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

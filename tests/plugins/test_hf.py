@@ -506,6 +506,69 @@ def test_a_folder_of_another_model_is_refused(policy, tokenizer, tmp_path):
         HFPolicy.load_folder(tmp_path / "policy")
 
 
+# ------------------------------------------------------------------------------------------------- the value head
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
+def test_a_value_head_reads_the_trunks_own_hidden_states(kind, tokenizer, tmp_path):
+    folder = hf_folder(tmp_path, tokenizer, kind, spare_rows=1)
+    random_state = torch.get_rng_state()
+    policy, plain = load_models(folder, value_head=True).policy, load_models(folder).policy
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert (policy.has_values, plain.has_values) == (True, False)
+    tokens, mask = random_tokens(2, 8), counted(8, 5, width=8)
+    assert torch.equal(policy(tokens, mask).values, torch.zeros(2, 8))
+    assert plain(tokens, mask).values is None
+    assert torch.equal(logits(policy, tokens, mask), logits(plain, tokens, mask))
+    with torch.no_grad():
+        policy.value_head.copy_(torch.linspace(-1, 1, 16))
+    values = policy(tokens[:1], mask[:1]).values
+    theirs = plain.model(input_ids=tokens[:1], output_hidden_states=True).hidden_states[-1]  # after the last norm
+    expected = (theirs.double() * torch.linspace(-1, 1, 16)).sum(-1).float()
+    torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-5)
+    assert values.unique().numel() == 8
+    values.sum().backward()
+    assert policy.model.get_input_embeddings().weight.grad.abs().max() > 0
+
+
+def test_a_value_head_is_saved_beside_the_language_model(policy, tmp_path):
+    policy.save(tmp_path / "plain")
+    assert not list((tmp_path / "plain").glob("value_head*"))
+    policy.add_value_head()
+    other = HFPolicy.fresh(**TINY, pad_id=PAD, end_id=END, seed=2)
+    other.add_value_head()
+    with torch.no_grad():
+        policy.value_head.copy_(torch.randn(16) / 7)
+    policy.save(tmp_path / "valued")
+    identities = [id(parameter) for parameter in other.parameters()]
+    other.load(tmp_path / "valued")
+    assert [id(parameter) for parameter in other.parameters()] == identities
+    assert_same_weights(other, policy)
+
+    tokens = random_tokens(2, 9)
+    opened, report = AutoModelForCausalLM.from_pretrained(tmp_path / "valued", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(opened(input_ids=tokens).logits, policy.model(input_ids=tokens).logits)
+    assert not HFPolicy.load_folder(tmp_path / "valued").has_values
+
+    with pytest.raises(ValueError, match=r"plain has no value_head\.safetensors, but this policy has a value head"):
+        other.load(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"valued has a value_head\.safetensors, but this policy has no value head"):
+        HFPolicy.fresh(**TINY, pad_id=PAD, end_id=END).load(tmp_path / "valued")
+
+
+def test_hook_with_a_shared_critic(policy, tokenizer, tmp_path):
+    folder = hf_folder(tmp_path, tokenizer, "qwen2", spare_rows=1)
+    plugin = HuggingFace(policy=str(folder), shared_critic=True, device="cpu")
+    models = plugin.rlhf_models(run=FakeRun(), stage="rl", needs={"values", "ref_logp"})
+    assert models.critic is None
+    assert models.policy.has_values
+    assert models.policy.value_head.requires_grad
+    assert not models.reference.has_values
+    for stage, needs in (("rl", {"ref_logp"}), ("pretrain", set())):
+        assert not plugin.rlhf_models(run=FakeRun(), stage=stage, needs=needs).policy.has_values
+
+
 # ------------------------------------------------------------------------------------------------------- the hook
 
 
