@@ -67,8 +67,9 @@ class HeldTrainer:
 
     def __call__(self) -> None:
         """One optimizer step of the trainer (PPOTrainer: one batch with all its epochs)."""
-        self._proceed.release()
-        self._arrived.acquire()
+        if not self._ended:  # a thread that has ended answers no further call
+            self._proceed.release()
+            self._arrived.acquire()
         if self._error is not None:
             raise RuntimeError(f"{type(self.trainer).__name__} failed inside its training loop") from self._error
         if self._ended:

@@ -99,7 +99,7 @@ class RewardModel:
         model.train(False)
         right, strengths = [], []
         with torch.no_grad():
-            for batch in by_texts(iter(pairs), 256):
+            for batch in by_texts(iter(pairs), self.texts_per_step):
                 scored = score_pairs(models, batch)
                 right.append((scored["chosen"] > scored["rejected"]).float())
                 strengths.append(scored["strength"])
@@ -142,7 +142,7 @@ def by_texts(pairs: Iterable[Preference], texts: int) -> Iterator[list[Preferenc
         yield batch
 
 
-def score_texts(models: Models, model: Critic | None, texts: list[str], *, rows_per_forward: int = 16) -> Tensor:
+def score_texts(models: Models, model: Critic | None, texts: list[str]) -> Tensor:
     """The reward model's score of each text, `[N]` fp32, read at its last token.
 
     Texts of like length go through the model together: padding would otherwise be most of the work.
@@ -150,12 +150,25 @@ def score_texts(models: Models, model: Critic | None, texts: list[str], *, rows_
     assert model is not None, "this stage needs models.reward_model"
     tokenizer = models.tokenizer
     rows = [row or [tokenizer.end_id] for row in tokenizer.encode(texts)]
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
-    scores = []
-    for start in range(0, len(order), rows_per_forward):
-        some = [torch.tensor(rows[number]) for number in order[start : start + rows_per_forward]]
+    order, scores = [], []
+    for alike in by_length([len(row) for row in rows]):
+        some = [torch.tensor(rows[number]) for number in alike]
         tokens = pad_sequence(some, batch_first=True, padding_value=tokenizer.pad_id).to(models.device)
         lengths = torch.tensor([len(row) for row in some], device=models.device)
         mask = torch.arange(tokens.shape[1], device=models.device) < lengths[:, None]
         scores.append(model(tokens, mask).gather(1, lengths[:, None] - 1)[:, 0])
+        order += alike
     return torch.cat(scores)[torch.tensor(order, device=models.device).argsort()]
+
+
+def by_length(lengths: list[int]) -> list[list[int]]:
+    """The positions in `lengths`, shortest first, grouped so that none is over a quarter and 4 above its group's least.
+
+    Fewer groups would pad more, and more groups would be more forwards, each with a cost of its own.
+    """
+    groups: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not groups or lengths[number] > 1.25 * lengths[groups[-1][0]] + 4:
+            groups.append([])
+        groups[-1].append(number)
+    return groups
