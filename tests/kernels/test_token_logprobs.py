@@ -60,7 +60,7 @@ def close(actual: Tensor, expected: Tensor, atol: float) -> None:
 # ------------------------------------------------------------------------------------------ the formula
 
 
-@pytest.mark.parametrize("vocabulary", [1, 7, 384, 1000, 1100, 32000, 129920, 151936, 262147])
+@pytest.mark.parametrize("vocabulary", [1, 7, 384, 1000, 1100, 5000, 32000, 129920, 151936, 262147])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_matches_the_textbook(vocabulary: int, dtype: torch.dtype, path: str) -> None:
     rows = 1 if INTERPRETED and path == "triton" and vocabulary > 100_000 else 3

@@ -1,0 +1,121 @@
+"""token_logprobs beside what others write, interleaved in one process; each answer is checked before its time counts.
+
+python -m bench.bench_token_logprobs [rounds]           all shapes, float32 and bfloat16
+make bench                                              the small ones, as part of the suite
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import formulas
+from bench.timing import header, interleave, ratios
+from rlhf_kernels import token_logprobs
+
+SHAPES = [(4, 64, 1000), (64, 32, 384), (8, 128, 4096), (4, 128, 32_000), (2, 64, 151_936)]
+DTYPES = [torch.float32, torch.bfloat16]
+MODES = ["forward", "forward with entropy", "forward and backward", "forward and backward with entropy"]
+# Of ours, in nats: what float32 sums over a vocabulary leave.
+ALLOWED = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape [B, T, V] of logits in one dtype, and what is asked of it."""
+
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    mode: str
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')} {self.mode}"
+
+
+def cases(shapes: list[tuple[int, int, int]]) -> Iterator[Case]:
+    return (Case(shape, dtype, mode) for dtype in DTYPES for shape in shapes for mode in MODES)
+
+
+def ours(logits: Tensor, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    return token_logprobs(logits, tokens, entropy=entropy)
+
+
+CONTESTANTS: dict[str, Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]] = {
+    "ours": ours,
+    "naive": formulas.naive_logprobs,
+    "TRL": formulas.trl_logprobs,
+    "verl": formulas.verl_logprobs,
+    "OpenRLHF": formulas.openrlhf_logprobs,
+}
+
+
+def step(case: Case, function: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[[], Tensor]:
+    """One call on fresh leaves, forward or forward and backward; returns the log-probs."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(case.shape, generator=generator) * 3).to(case.dtype)
+    tokens = torch.randint(case.shape[-1], case.shape[:-1], generator=generator)
+    backward, entropy = "backward" in case.mode, "entropy" in case.mode
+
+    def call() -> Tensor:
+        leaf = logits.detach().requires_grad_(backward)
+        logp, entropies = function(leaf, tokens, entropy)
+        if backward:
+            (logp.sum() if entropies is None else logp.sum() + entropies.sum()).backward()
+        return logp.detach()
+
+    return call
+
+
+def error(case: Case, function: Callable[..., tuple[Tensor, Tensor | None]]) -> float:
+    """The largest error of the log-probs in nats, against float64."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(case.shape, generator=generator) * 3).to(case.dtype)
+    tokens = torch.randint(case.shape[-1], case.shape[:-1], generator=generator)
+    exact = torch.log_softmax(logits[:1].double(), -1).gather(-1, tokens[:1, :, None]).squeeze(-1)
+    return float((function(logits, tokens, False)[0][:1].double() - exact).abs().max())
+
+
+def measure(case: Case, rounds: int) -> tuple[str, float, dict[str, float]]:
+    """The fastest rival, its time over ours (paired, median), and the milliseconds of all (median wall time)."""
+    wrong = error(case, ours)
+    if wrong > ALLOWED:
+        raise AssertionError(f"{case}: ours is off by {wrong:.1e} nats, {ALLOWED:.0e} is allowed")
+    timings = interleave({name: step(case, function) for name, function in CONTESTANTS.items()}, rounds)
+    over_ours = {name: ratios(timings["ours"].wall, timing.wall)[0] for name, timing in timings.items()}
+    del over_ours["ours"]
+    best = min(over_ours, key=over_ours.__getitem__)
+    milliseconds = {name: 1e3 * sorted(timing.wall)[len(timing.wall) // 2] for name, timing in timings.items()}
+    return best, over_ours[best], milliseconds
+
+
+@pytest.mark.parametrize("case", list(cases(SHAPES[:2])), ids=str)
+def test_token_logprobs(case: Case, benchmark: object) -> None:
+    best, ratio, _ = measure(case, rounds=15)
+    benchmark.group = str(case)  # type: ignore[attr-defined]
+    benchmark.extra_info["best rival over ours"] = f"{best}: {ratio:.2f}"  # type: ignore[attr-defined]
+    benchmark(step(case, ours))  # type: ignore[operator]
+
+
+def main() -> None:
+    """Print a row for every case: milliseconds of each contestant, and the best rival's time over ours."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+    torch.set_num_threads(2)
+    print(header())
+    print(f"rounds   {rounds}; milliseconds (median wall time); the last column is the best rival's time over ours\n")
+    names = list(CONTESTANTS)
+    print(f"| [B, T, V], dtype, mode | {' | '.join(names)} | best rival / ours |\n|---|{'---|' * len(names)}---|")
+    for case in cases(SHAPES):
+        best, ratio, milliseconds = measure(case, rounds)
+        columns = " | ".join(f"{milliseconds[name]:.2f}" for name in names)
+        print(f"| {case} | {columns} | {ratio:.2f} ({best}) |", flush=True)
+    errors = {
+        name: error(Case(SHAPES[2], torch.bfloat16, MODES[0]), function) for name, function in CONTESTANTS.items()
+    }
+    print(f"\nlargest error in bfloat16, nats: {', '.join(f'{name} {value:.1e}' for name, value in errors.items())}")
+
+
+if __name__ == "__main__":
+    main()

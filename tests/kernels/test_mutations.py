@@ -1,0 +1,114 @@
+"""The kernels' tests can fail: each of these changes to a kernel turns one of them red.
+
+A copy of the package is changed in one place, and a few quick tests run on it in a process of their own.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`before`, which stands in the file, becomes `after`; the tests of the operation on that path must notice."""
+
+    file: str
+    what: str
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}"
+
+    @property
+    def tests(self) -> tuple[str, str]:
+        """The test file, and the expression that picks from it."""
+        name = Path(self.file).stem.replace("_rows", "token_logprobs")
+        path = "triton" if "_triton" in self.file else "host"
+        return f"tests/kernels/test_{name}.py", QUICK.format(path=path)
+
+
+QUICK = "{path} and (textbook or temperature or junk or several or unlikely) and not (32000 or 129920 or 151936 or 262147)"
+
+MUTATIONS = [
+    Mutation("rlhf_kernels/_triton/token_logprobs.py", "sign of the gradient", "d = -over_total", "d = over_total"),
+    Mutation(
+        "rlhf_kernels/_triton/token_logprobs.py",
+        "the mask is dropped",
+        "MASKED=mask is not None",
+        "MASKED=False",
+    ),
+    Mutation(
+        "rlhf_kernels/_triton/token_logprobs.py",
+        "no temperature in the gradient",
+        "over_total = inverse / total",
+        "over_total = 1.0 / total",
+    ),
+    Mutation(
+        "rlhf_kernels/_triton/token_logprobs.py",
+        "the maximum stands for the log-sum",
+        "(own - largest) * inverse - log_total",
+        "(own - log_total) * inverse - largest",
+    ),
+    Mutation(
+        "rlhf_kernels/_triton/_rows.py", "the sum is not rescaled", "total = total * rescale +", "total = total +"
+    ),
+    Mutation(
+        "rlhf_kernels/ops/token_logprobs.py", "sign of the gradient", "bracket / -total[tile]", "bracket / total[tile]"
+    ),
+    Mutation(
+        "rlhf_kernels/ops/token_logprobs.py",
+        "no temperature in the log-prob",
+        "(logp if inverse is None else logp * inverse) - total.log()",
+        "logp - total.log()",
+    ),
+    Mutation("rlhf_kernels/ops/token_logprobs.py", "the mask is dropped", "        logp.masked_fill_(masked, 0)\n", ""),
+]
+
+
+def verdict(root: Path, file: str, expression: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", file, "-k", expression],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("mutated")
+    for name in ("rlhf_kernels", "tests/kernels"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tests/conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, root / name)
+    return root
+
+
+@pytest.mark.parametrize("tests", sorted({mutation.tests for mutation in MUTATIONS}), ids=str)
+def test_unchanged_the_same_tests_are_green(copy: Path, tests: tuple[str, str]) -> None:
+    done = verdict(copy, *tests)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
+def test_a_change_for_the_worse_turns_a_test_red(copy: Path, mutation: Mutation) -> None:
+    file = copy / mutation.file
+    text = file.read_text("utf-8")
+    assert mutation.before in text, "the source has moved on: mend this list"
+    try:
+        file.write_text(text.replace(mutation.before, mutation.after), "utf-8")
+        done = verdict(copy, *mutation.tests)
+    finally:
+        file.write_text(text, "utf-8")
+    assert done.returncode == 1, done.stdout[-3000:]
+    assert " failed" in done.stdout
