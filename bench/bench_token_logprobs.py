@@ -1,4 +1,5 @@
-"""token_logprobs beside what others write, interleaved in one process; each answer is checked before its time counts.
+"""token_logprobs beside what others write, interleaved in one process. Ours is checked before its time counts; the
+others are restated in bench/formulas.py, and what they are off by in bfloat16 stands under the table.
 
 python -m bench.bench_token_logprobs [rounds]           all shapes, float32 and bfloat16
 make bench                                              the small ones, as part of the suite
@@ -43,12 +44,34 @@ def ours(logits: Tensor, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor 
     return token_logprobs(logits, tokens, entropy=entropy)
 
 
+def naive(logits: Tensor, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """What one writes by hand, in float32 where the logits are not."""
+    logp = torch.log_softmax(logits.float(), -1)
+    return formulas.at_token(logp, tokens), -(logp.exp() * logp).sum(-1) if entropy else None
+
+
+def trl(logits: Tensor, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    entropies = formulas.entropy_by_logs(logits.flatten(0, 1)) if entropy else None
+    return formulas.logit_less_logsumexp_by_row(logits, tokens), entropies
+
+
+def verl(logits: Tensor, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    entropies = formulas.entropy_by_mean_logit(logits) if entropy else None
+    return formulas.logit_less_logsumexp_by_row(logits, tokens), entropies
+
+
+def openrlhf(logits: Tensor, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    entropies = formulas.entropy_by_mean_logit(logits) if entropy else None
+    rows = formulas.logit_less_logsumexp_by_chunk(logits.flatten(0, 1), tokens.flatten())
+    return rows.view(tokens.shape), entropies
+
+
 CONTESTANTS: dict[str, Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]] = {
     "ours": ours,
-    "naive": formulas.naive_logprobs,
-    "TRL": formulas.trl_logprobs,
-    "verl": formulas.verl_logprobs,
-    "OpenRLHF": formulas.openrlhf_logprobs,
+    "naive": naive,
+    "TRL": trl,
+    "verl": verl,
+    "OpenRLHF": openrlhf,
 }
 
 

@@ -110,9 +110,17 @@ def sums(x: Tensor) -> Tensor:
     return x.sum(-1, keepdim=True)
 
 
+def clamped(x: Tensor, shift: Tensor | None, inverse: float | Tensor | None, out: Tensor) -> Tensor:
+    """z = (x - shift) / temperature into out, finite where it would be -inf: its exponential is 0 all the same."""
+    return torch.clamp(over_temperature(x, shift, inverse, out), min=SMALLEST_LOG, out=out)
+
+
 def entropy_of(z: Tensor, exponential: Tensor, total: Tensor) -> Tensor:
-    """The entropy of softmax(z) as a column, from exp(z) and its sum. Overwrites z; 0 for a row of nothing but -inf."""
-    weighted = sums(z.clamp_(min=SMALLEST_LOG).mul_(exponential))
+    """The entropy of softmax(z) as a column, from `clamped` z, exp(z) and its sum. Overwrites z.
+
+    0 for a row of nothing but -inf.
+    """
+    weighted = sums(z.mul_(exponential))
     return (total.log() - weighted / total).masked_fill_(total == 0, 0)
 
 

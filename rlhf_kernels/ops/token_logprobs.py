@@ -255,11 +255,13 @@ def _forward(
     totals, entropy_columns = [], []
     for tile in tiles:
         x, at = logits[tile], (_rows.part(shift, tile), _rows.part(inverse, tile))
-        exponential = _rows.exponentials(x, *at, scratch.like(x))
+        if second is None:
+            totals.append(_rows.sums(_rows.exponentials(x, *at, scratch.like(x))))
+            continue
+        z = _rows.clamped(x, *at, second.like(x))
+        exponential = torch.exp(z, out=scratch.like(x))
         totals.append(_rows.sums(exponential))
-        if second is not None:
-            z = second.like(x).copy_(_rows.over_temperature(x, *at, second.like(x)))
-            entropy_columns.append(_rows.entropy_of(z, exponential, totals[-1]))
+        entropy_columns.append(_rows.entropy_of(z, exponential, totals[-1]))
     total = _rows.joined(totals, none)
     entropies = _rows.joined(entropy_columns, none) if entropy else None
 
@@ -297,7 +299,7 @@ def _again_from_the_maximum(
         rows = (positions[:, 0], positions[:, 1])
         x = logits[rows].to(total.dtype)
         shift[rows] = maximum = _rows.finite_maximum(x)
-        z = _rows.over_temperature(x, maximum, _rows.part(inverse, rows), x)
+        z = _rows.clamped(x, maximum, _rows.part(inverse, rows), x)
         exponential = z.exp()
         total[rows] = _rows.sums(exponential)
         if entropies is not None:
