@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlhf_kernels._triton import _rows, token_logprobs
+from rlhf_kernels._triton import _rows, exact_kl, token_logprobs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -65,6 +65,7 @@ def cases() -> Iterator[Case]:
     """Every kernel, at a vocabulary of 151,936, in bfloat16 and float32, with all that can be asked of it."""
     for dtype in (torch.bfloat16, torch.float32):
         yield from token_logprobs_cases(dtype)
+        yield from exact_kl_cases(dtype)
 
 
 def token_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iterator[Case]:
@@ -101,6 +102,47 @@ def token_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Itera
         token_logprobs.rows_kernel,
         pointers,
         flags,
+        warps,
+        moved=0,
+        least=0,
+        wide=False,
+    )
+
+
+def exact_kl_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iterator[Case]:
+    cut = _rows.Cut.of(vocabulary, dtype.itemsize, exact_kl.VECTORS)
+    constants = cut.constants()
+    warps = constants.pop("num_warps")
+    flags = {"MASKED": True, "ROW_TEMPERATURE": True}
+    reading = {"ALIGNED": True, "UNIT_STRIDE": True, "ITEMSIZE_P": dtype.itemsize, "ITEMSIZE_Q": dtype.itemsize}
+    pointers = {"logits_p": dtype, "logits_q": dtype, "gradient_p": dtype, "gradient_q": dtype, "mask": torch.bool}
+    name = str(dtype).removeprefix("torch.")
+    size = 2 * dtype.itemsize
+    yield case(
+        f"exact_kl forward ({name})",
+        exact_kl.pieces_kernel,
+        pointers,
+        {**flags, **reading, **constants},
+        warps,
+        moved=size,
+        least=size,
+    )
+    for label, wants_p, wants_q in (("p", True, False), ("q", False, True), ("p and q", True, True)):
+        moved = size + dtype.itemsize * (wants_p + wants_q)
+        yield case(
+            f"exact_kl backward to {label} ({name})",
+            exact_kl.backward_kernel,
+            pointers,
+            {**flags, **reading, **constants, "WANTS_P": wants_p, "WANTS_Q": wants_q},
+            warps,
+            moved=moved,
+            least=moved,
+        )
+    yield case(
+        f"exact_kl rows ({name})",
+        exact_kl.rows_kernel,
+        pointers,
+        {**flags, "PIECES": cut.pieces, "ROWS": 64},
         warps,
         moved=0,
         least=0,
