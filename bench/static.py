@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlhf_kernels._triton import _rows, exact_kl, token_logprobs
+from rlhf_kernels._triton import _rows, exact_kl, kl_estimate, token_logprobs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -66,6 +66,7 @@ def cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         yield from token_logprobs_cases(dtype)
         yield from exact_kl_cases(dtype)
+        yield from kl_estimate_cases(dtype)
 
 
 def token_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iterator[Case]:
@@ -122,7 +123,7 @@ def exact_kl_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iterator[Ca
         f"exact_kl forward ({name})",
         exact_kl.pieces_kernel,
         pointers,
-        {**flags, **reading, **constants},
+        {**flags, **reading, **constants, "GROUP": exact_kl.group_of(vocabulary, dtype.itemsize)},
         warps,
         moved=size,
         least=size,
@@ -147,6 +148,32 @@ def exact_kl_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iterator[Ca
         moved=0,
         least=0,
         wide=False,
+    )
+
+
+def kl_estimate_cases(dtype: torch.dtype) -> Iterator[Case]:
+    pointers = dict.fromkeys(("logp", "ref_logp", "gradient", "ref_gradient"), dtype)
+    constants = {"KIND": "k3", "ALIGNED": True, "BLOCK": kl_estimate.BLOCK}
+    wants = {"WANTS": True, "WANTS_REF": True}
+    name, size = str(dtype).removeprefix("torch."), 2 * dtype.itemsize + 4
+    yield case(
+        f"kl_estimate forward (k3, {name})",
+        kl_estimate.forward_kernel,
+        pointers,
+        constants,
+        _rows.WARPS,
+        moved=size,
+        least=size,
+    )
+    size += 2 * dtype.itemsize
+    yield case(
+        f"kl_estimate backward (k3, {name})",
+        kl_estimate.backward_kernel,
+        pointers,
+        {**constants, **wants},
+        _rows.WARPS,
+        moved=size,
+        least=size,
     )
 
 

@@ -14,33 +14,43 @@ from rlhf_kernels._triton import _rows
 # Rows per program in the kernel that puts the pieces of each row together.
 _ROWS = 64
 
-# Blocks read at a time: of two tensors, twice as many loads are in flight as of one.
+# Blocks of each tensor read at a time: four loads are in flight, as where one tensor is read.
 VECTORS = 2
 
-# Taken for the maximum of p once q is impossible where p is not: beside it all of p sums up to exactly 0, which no
-# other row with a maximum above the smallest float does. A real +inf sums up to NaN.
+# Stands for the maximum of p once q is 0 where p is not. Beside it all of p sums up to exactly 0, as it does in no
+# other row but an empty one. (An infinity would make NaN of that sum, as a logit of +inf does.)
 INFINITE: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
 def fold(p, q, maximum_p, total_p, maximum_q, total_q, weighted, scale):
-    """Take p and q [VECTORS, BLOCK] into the running figures of each lane [BLOCK].
+    """Take p and q [VECTORS, LANES, GROUP] into the running figures of each lane [LANES].
 
     d = (x - maximum) * scale, total = sum 2^d of p and of q, and weighted = sum 2^d_p * (d_p - d_q).
     """
     infinite = (q == -float("inf")) & (p > -float("inf"))
-    larger_p = tl.maximum(maximum_p, tl.max(tl.where(infinite, INFINITE, p), 0))
-    larger_q = tl.maximum(maximum_q, tl.max(q, 0))
+    larger_p = tl.maximum(maximum_p, largest_of_lane(tl.where(infinite, INFINITE, p)))
+    larger_q = tl.maximum(maximum_q, largest_of_lane(q))
     shift_p = _rows.exponents(maximum_p, larger_p, scale)
     shift_q = _rows.exponents(maximum_q, larger_q, scale)
-    d_p = _rows.exponents(p, larger_p[None, :], scale)
-    d_q = _rows.exponents(q, larger_q[None, :], scale)
+    d_p = _rows.exponents(p, larger_p[None, :, None], scale)
+    d_q = _rows.exponents(q, larger_q[None, :, None], scale)
     exponential = tl.exp2(d_p)
     rescale = tl.exp2(shift_p)
-    weighted = (weighted + total_p * (shift_p - shift_q)) * rescale + tl.sum(exponential * (d_p - d_q), 0)
-    total_p = total_p * rescale + tl.sum(exponential, 0)
-    total_q = total_q * tl.exp2(shift_q) + tl.sum(tl.exp2(d_q), 0)
+    weighted = (weighted + total_p * (shift_p - shift_q)) * rescale + sum_of_lane(exponential * (d_p - d_q))
+    total_p = total_p * rescale + sum_of_lane(exponential)
+    total_q = total_q * tl.exp2(shift_q) + sum_of_lane(tl.exp2(d_q))
     return larger_p, total_p, larger_q, total_q, weighted
+
+
+@triton.jit
+def largest_of_lane(x):
+    return tl.max(tl.max(x, 2), 0)
+
+
+@triton.jit
+def sum_of_lane(x):
+    return tl.sum(tl.sum(x, 2), 0)
 
 
 @triton.jit
@@ -78,6 +88,7 @@ def pieces_kernel(
     UNIT_STRIDE: tl.constexpr,
     ITEMSIZE_P: tl.constexpr,
     ITEMSIZE_Q: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTORS: tl.constexpr,
     PIECE: tl.constexpr,
@@ -93,11 +104,11 @@ def pieces_kernel(
     p_row = logits_p + _rows.row_offset(row, rows_b, stride_a_p, stride_b_p, ALIGNED, ITEMSIZE_P)
     q_row = logits_q + _rows.row_offset(row, rows_b, stride_a_q, stride_b_q, ALIGNED, ITEMSIZE_Q)
 
-    maximum_p = tl.full([BLOCK], _rows.SMALLEST_FLOAT, tl.float32)
-    maximum_q = tl.full([BLOCK], _rows.SMALLEST_FLOAT, tl.float32)
-    total_p = tl.zeros([BLOCK], tl.float32)
-    total_q = tl.zeros([BLOCK], tl.float32)
-    weighted = tl.zeros([BLOCK], tl.float32)
+    maximum_p = tl.full([BLOCK // GROUP], _rows.SMALLEST_FLOAT, tl.float32)
+    maximum_q = tl.full([BLOCK // GROUP], _rows.SMALLEST_FLOAT, tl.float32)
+    total_p = tl.zeros([BLOCK // GROUP], tl.float32)
+    total_q = tl.zeros([BLOCK // GROUP], tl.float32)
+    weighted = tl.zeros([BLOCK // GROUP], tl.float32)
     first = piece * PIECE
     for start in range(first, tl.minimum(first + PIECE, vocabulary), BLOCK * VECTORS):
         column = _rows.columns(start, VECTORS, BLOCK)
@@ -106,6 +117,8 @@ def pieces_kernel(
         q_at = _rows.column_offsets(column, stride_v_q, UNIT_STRIDE)
         p = tl.load(p_row + p_at, mask=inside, other=-float("inf")).to(tl.float32)
         q = tl.load(q_row + q_at, mask=inside, other=-float("inf")).to(tl.float32)
+        p = tl.reshape(p, [VECTORS, BLOCK // GROUP, GROUP])
+        q = tl.reshape(q, [VECTORS, BLOCK // GROUP, GROUP])
         maximum_p, total_p, maximum_q, total_q, weighted = fold(
             p, q, maximum_p, total_p, maximum_q, total_q, weighted, scale
         )
@@ -275,7 +288,18 @@ def forward(
     flags = {"MASKED": mask is not None, "ROW_TEMPERATURE": inverse_rows is not None}
     with _rows.device_of(p):
         pieces_kernel[(rows, cut.pieces)](
-            p, q, inverse_rows, mask, figures, inverse, *sizes, vocabulary, **flags, **reading, **cut.constants()
+            p,
+            q,
+            inverse_rows,
+            mask,
+            figures,
+            inverse,
+            *sizes,
+            vocabulary,
+            **flags,
+            **reading,
+            GROUP=group_of(vocabulary, min(p.element_size(), q.element_size())),
+            **cut.constants(),
         )
         rows_kernel[(triton.cdiv(rows, _ROWS),)](
             figures, inverse_rows, mask, kl, sums, inverse, rows, **flags, PIECES=cut.pieces, ROWS=_ROWS
@@ -325,6 +349,12 @@ def backward(
             **cut.constants(),
         )
     return gradient_p, gradient_q
+
+
+def group_of(vocabulary: int, itemsize: int) -> int:
+    """Neighbours that share a lane: the elements of one load of a thread, which makes for fewer registers and
+    rescalings. Where the rows' widths rule such loads out, 1: the sums over a group would be exchanged by threads."""
+    return 1 if vocabulary % 16 else 16 // itemsize
 
 
 def _reading(p: Tensor, q: Tensor) -> tuple[_rows.Cut, list[int], dict[str, Any]]:
