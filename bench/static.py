@@ -29,6 +29,7 @@ TARGETS = {
 MOST_REGISTERS = 80
 MOST_SHARED = 16 * 1024
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.bool: "*i1"}
+NUMBER = {"inverse": "fp32", "vocabulary": "i32", "count": "i32"}
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def exact_kl_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iterator[Ca
 
 def kl_estimate_cases(dtype: torch.dtype) -> Iterator[Case]:
     pointers = dict.fromkeys(("logp", "ref_logp", "gradient", "ref_gradient"), dtype)
-    constants = {"KIND": "k3", "ALIGNED": True, "BLOCK": kl_estimate.BLOCK}
+    constants = {"KIND": "k3", "BLOCK": kl_estimate.BLOCK}
     wants = {"WANTS": True, "WANTS_REF": True}
     name, size = str(dtype).removeprefix("torch."), 2 * dtype.itemsize + 4
     yield case(
@@ -195,8 +196,8 @@ def case(
             signature[parameter.name] = "constexpr"
         elif parameter.annotation_type:
             signature[parameter.name] = parameter.annotation_type
-        elif parameter.name in ("inverse", "vocabulary"):
-            signature[parameter.name] = {"inverse": "fp32", "vocabulary": "i32"}[parameter.name]
+        elif parameter.name in NUMBER:
+            signature[parameter.name] = NUMBER[parameter.name]
         else:
             signature[parameter.name] = POINTER[pointers.get(parameter.name, torch.float32)]
     return Case(name, kernel, signature, constants, warps, moved, least, wide)
@@ -205,10 +206,8 @@ def case(
 def compiled(case: Case, target: str) -> Row:
     """Compile one case for one target, and read what came out."""
     names = list(case.signature)
-    # What the launcher finds out of itself: pointers begin at 16 bytes, and 151,936 is a multiple of 16.
-    aligned = [
-        (names.index(name),) for name, kind in case.signature.items() if kind.startswith("*") or name == "vocabulary"
-    ]
+    # What the launcher finds out of itself: pointers begin at 16 bytes, and sizes like 151,936 are multiples of 16.
+    aligned = [(names.index(name),) for name, kind in case.signature.items() if kind.startswith("*") or kind == "i32"]
     source = ASTSource(
         case.kernel,
         signature=case.signature,

@@ -10,8 +10,8 @@ from torch import Tensor
 from rlhf_kernels import _autograd
 from rlhf_kernels._triton import _rows
 
-# Elements per program of _rows.WARPS warps: 128 bits of bfloat16 a thread.
-BLOCK = 1024
+# Tokens per program: 128 bits of bfloat16 for each thread of _rows.WARPS warps, also where a warp has 64.
+BLOCK = 2048
 
 
 @triton.jit
@@ -29,19 +29,16 @@ def over_square(x):
     return series * x + 1 / 2
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def forward_kernel(
     logp,  # [count]
     ref_logp,  # [count]
     out,  # [count] fp32
-    count: tl.int64,
+    count,
     KIND: tl.constexpr,
-    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The estimates of BLOCK tokens."""
-    if ALIGNED:
-        count = tl.multiple_of(count, 16)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     d = tl.load(logp + at, mask=inside).to(tl.float32) - tl.load(ref_logp + at, mask=inside).to(tl.float32)
@@ -54,23 +51,20 @@ def forward_kernel(
     tl.store(out + at, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def backward_kernel(
     logp,  # [count]
     ref_logp,  # [count]
     upstream,  # [count] fp32
     gradient,  # [count] in the dtype of logp, if WANTS
     ref_gradient,  # [count] in the dtype of ref_logp, if WANTS_REF
-    count: tl.int64,
+    count,
     WANTS: tl.constexpr,
     WANTS_REF: tl.constexpr,
     KIND: tl.constexpr,
-    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The upstream gradient times 1, d, or 1 - exp(-d); the reference gets the negative of it."""
-    if ALIGNED:
-        count = tl.multiple_of(count, 16)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     value = tl.load(upstream + at, mask=inside)
@@ -91,7 +85,9 @@ def forward(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     out, count = torch.empty_like(logp, dtype=torch.float32), logp.numel()
     if count:
         with _rows.device_of(logp):
-            forward_kernel[(triton.cdiv(count, BLOCK),)](logp, ref_logp, out, count, KIND=kind, **_constants(count))
+            forward_kernel[(triton.cdiv(count, BLOCK),)](
+                logp, ref_logp, out, count, KIND=kind, BLOCK=BLOCK, num_warps=_rows.WARPS
+            )
     return out
 
 
@@ -114,13 +110,10 @@ def backward(
                 WANTS=wants,
                 WANTS_REF=wants_ref,
                 KIND=kind,
-                **_constants(count),
+                BLOCK=BLOCK,
+                num_warps=_rows.WARPS,
             )
     return gradient, ref_gradient
-
-
-def _constants(count: int) -> dict[str, Any]:
-    return {"ALIGNED": count % 16 == 0, "BLOCK": BLOCK, "num_warps": _rows.WARPS}
 
 
 class KLEstimate(torch.autograd.Function):
