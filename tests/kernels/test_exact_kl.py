@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import exact_kl
-from rlhf_kernels.ops import _check, _rows
+from rlhf_kernels.ops import _rows
 from tests.kernels.memory import peak_growth
 
 INF = math.inf
+INTERPRETED = not torch.cuda.is_available()
 
 
 def textbook(p: Tensor, q: Tensor, temperature=1.0) -> Tensor:
@@ -27,16 +28,14 @@ def gradients(kl: Tensor, upstream: Tensor, inputs) -> tuple[Tensor, ...]:
     return torch.autograd.grad(kl, inputs, upstream.to(kl.dtype))
 
 
+def rounding(dtype: torch.dtype, path: str) -> float:
+    """Of one number of this dtype, relative. Triton's interpreter cuts bfloat16 off where a GPU rounds it."""
+    cut_off = 2 if INTERPRETED and path == "triton" else 1
+    return {torch.bfloat16: 2**-8 * cut_off, torch.float16: 2**-11}.get(dtype, 0)
+
+
 def close(actual: Tensor, expected: Tensor, atol: float, rtol: float = 0) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
-
-
-@pytest.fixture(params=["host", "device"])
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways through the code: where the host may look at values, and where it would have to wait for them."""
-    if request.param == "device":
-        monkeypatch.setattr(_check, "on_host", lambda x: False)
-    return request.param
 
 
 def test_known_answers() -> None:
@@ -47,23 +46,24 @@ def test_known_answers() -> None:
 
 @pytest.mark.parametrize("vocabulary", [1, 7, 1000, 32000, 151936])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_matches_the_textbook(vocabulary: int, dtype: torch.dtype) -> None:
-    p, q = (x.requires_grad_() for x in example(3, vocabulary, dtype=dtype))
+def test_matches_the_textbook(vocabulary: int, dtype: torch.dtype, path: str) -> None:
+    rows = 1 if INTERPRETED and path == "triton" and vocabulary > 100_000 else 3
+    p, q = (x.requires_grad_() for x in example(rows, vocabulary, dtype=dtype))
     kl, expected = exact_kl(p, q), textbook(p, q)
     assert kl.dtype == torch.float32
     close(kl, expected, 4e-6)
-    upstream = torch.randn(3)
-    rounding = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    upstream = torch.randn(rows)
     for x, actual, wanted in zip(
         (p, q), gradients(kl, upstream, (p, q)), gradients(expected, upstream, (p, q)), strict=True
     ):
         assert actual.dtype == x.dtype
-        close(actual, wanted, atol=3e-6, rtol=2 * rounding)
+        close(actual, wanted, atol=3e-6, rtol=2 * rounding(dtype, path))
 
 
 @pytest.mark.parametrize("asks", ["p", "q", "both"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, "rows"])
-def test_gradcheck_in_float64(asks: str, temperature, place: str) -> None:
+@pytest.mark.parametrize("path", ["host", "device"], indirect=True)
+def test_gradcheck_in_float64(asks: str, temperature, path: str) -> None:
     p, q = example(2, 3, 6, dtype=torch.float64)
     temperature = torch.rand(2, 3).double() + 0.5 if temperature == "rows" else temperature
     mask = torch.tensor([[True, False, True], [True, True, True]])
@@ -76,7 +76,7 @@ def test_gradcheck_in_float64(asks: str, temperature, place: str) -> None:
     close(exact_kl(p, q, temperature=temperature)[mask], expected[mask], 1e-13)
 
 
-def test_equal_logits_give_exactly_zero() -> None:
+def test_equal_logits_give_exactly_zero(path: str) -> None:
     p, _ = example(50, 1001)
     q = p.clone().requires_grad_()
     kl = exact_kl(p.requires_grad_(), q)
@@ -87,7 +87,9 @@ def test_equal_logits_give_exactly_zero() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_probabilities_of_zero(dtype: torch.dtype, masked: bool, compiled: bool, place: str) -> None:
+def test_probabilities_of_zero(dtype: torch.dtype, masked: bool, compiled: bool, path: str) -> None:
+    if path == "triton" and (dtype == torch.float64 or compiled):
+        pytest.skip("float64 and torch.compile run on torch")
     p = torch.tensor([[1.0, -INF, 0], [1, 2, 0], [-INF] * 3, [1, -INF, 0], [-INF] * 3, [1, 2, 3], [1, 2, 3]])
     q = torch.tensor([[1.0, -INF, 3], [1, 2, -INF], [1, 2, 3], [1, 2, 0], [-INF] * 3, [-INF] * 3, [3, 2, 1]])
     p, q = p.to(dtype).requires_grad_(), q.to(dtype).requires_grad_()
@@ -104,10 +106,10 @@ def test_probabilities_of_zero(dtype: torch.dtype, masked: bool, compiled: bool,
     assert grad_p.isfinite().all() and grad_q.isfinite().all()
     assert grad_p[0, 1] == grad_q[0, 1] == grad_p[3, 1] == 0
     probability = torch.softmax(q[3].double(), -1) - torch.softmax(p[3].double(), -1)
-    close(grad_q[3], probability, atol=1e-6, rtol=2**-8 if dtype == torch.bfloat16 else 0)
+    close(grad_q[3], probability, atol=1e-6, rtol=rounding(dtype, path))
 
 
-def test_a_row_of_p_without_any_possible_token_beside_an_ordinary_q(place: str) -> None:
+def test_a_row_of_p_without_any_possible_token_beside_an_ordinary_q(path: str) -> None:
     p, q = example(3, 5)
     p[1] = -INF
     leaves = [x.requires_grad_() for x in (p, q)]
@@ -118,13 +120,13 @@ def test_a_row_of_p_without_any_possible_token_beside_an_ordinary_q(place: str) 
 
 
 @pytest.mark.parametrize("offset", [-200.0, 1e4])
-def test_logits_far_from_zero(offset: float) -> None:
+def test_logits_far_from_zero(offset: float, path: str) -> None:
     p, q = (x + offset for x in example(8, 1000))
     close(exact_kl(p, q), textbook(p, q), 4e-6)
 
 
 @pytest.mark.parametrize("junk", [math.nan, INF, -INF])
-def test_junk_under_the_mask_does_not_matter(junk: float, place: str) -> None:
+def test_junk_under_the_mask_does_not_matter(junk: float, path: str) -> None:
     p, q = example(4, 5, 30)
     mask = torch.rand(4, 5) < 0.6
     temperature = torch.rand(4, 5) + 0.5
@@ -140,7 +142,7 @@ def test_junk_under_the_mask_does_not_matter(junk: float, place: str) -> None:
 
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 3, 4), (0,), (2, 0)])
-def test_any_leading_dimensions(leading: tuple[int, ...]) -> None:
+def test_any_leading_dimensions(leading: tuple[int, ...], path: str) -> None:
     p, q = (x.requires_grad_() for x in example(*leading, 11))
     kl = exact_kl(p, q)
     assert kl.shape == leading
@@ -165,7 +167,7 @@ def test_strides_tiles_and_other_rows_do_not_matter(monkeypatch: pytest.MonkeyPa
             assert torch.equal(a, b)
 
 
-def test_a_double_backward_raises() -> None:
+def test_a_double_backward_raises(path: str) -> None:
     p, q = example(3, 5)
     gradient = torch.autograd.grad(exact_kl(p.requires_grad_(), q).sum(), p, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="double backward"):
