@@ -76,6 +76,23 @@ def test_gradcheck_in_float64(asks: str, temperature, path: str) -> None:
     close(exact_kl(p, q, temperature=temperature)[mask], expected[mask], 1e-13)
 
 
+@pytest.mark.parametrize("asks", ["p", "q", "both"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, "rows"])
+def test_temperature_and_gradients_of_either_or_both(asks: str, temperature, path: str) -> None:
+    p, q = example(2, 3, 48)
+    q = q.to(torch.bfloat16)  # of another dtype than p
+    temperature = torch.rand(2, 3) + 0.5 if temperature == "rows" else temperature
+    leaves = [x.requires_grad_() for x, name in ((p, "p"), (q, "q")) if asks in (name, "both")]
+    kl, expected = exact_kl(p, q, temperature=temperature), textbook(p, q, temperature)
+    close(kl, expected, 2e-6)
+    upstream = torch.randn(2, 3)
+    for x, actual, wanted in zip(
+        leaves, gradients(kl, upstream, leaves), gradients(expected, upstream, leaves), strict=True
+    ):
+        assert actual.dtype == x.dtype
+        close(actual, wanted, atol=2e-6, rtol=2 * rounding(x.dtype, path))
+
+
 def test_equal_logits_give_exactly_zero(path: str) -> None:
     p, _ = example(50, 1001)
     q = p.clone().requires_grad_()
@@ -125,6 +142,45 @@ def test_logits_far_from_zero(offset: float, path: str) -> None:
     close(exact_kl(p, q), textbook(p, q), 4e-6)
 
 
+@pytest.mark.parametrize("vocabulary", [700, 40_000])
+@pytest.mark.parametrize("rising", ["p", "q", "both", "neither"])
+def test_maxima_that_move_along_the_row(rising: str, vocabulary: int, path: str) -> None:
+    """Far from zero, of p and of q in places of their own; the first and last third of the row have probability 0."""
+    slope = torch.linspace(-20, 20, vocabulary)
+    p = 100 + slope * (1 if rising in ("p", "both") else -1)
+    q = -300 + slope * (0.9 if rising in ("q", "both") else -0.9)
+    for x in (p, q):
+        x[: vocabulary // 3] = x[-vocabulary // 3 :] = -INF
+    possible = p > -INF
+    leaves = [x.requires_grad_() for x in (p, q)]
+    kl, expected = exact_kl(p, q), textbook(p[possible], q[possible])
+    torch.testing.assert_close(kl.double(), expected, rtol=2e-6, atol=2e-6)
+    upstream = torch.tensor(2.0)
+    for actual, wanted in zip(gradients(kl, upstream, leaves), gradients(expected, upstream, leaves), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=3e-6, atol=3e-6)
+        assert not actual[~possible].any()
+
+
+@pytest.mark.parametrize("vocabulary", [7, 700, 20_000])
+def test_one_impossible_token_of_q_makes_the_row_infinite(vocabulary: int, path: str) -> None:
+    p, q = example(5, vocabulary)
+    q[0, 0] = q[1, -1] = q[2, vocabulary // 2] = q[3, 3] = -INF
+    p[2, vocabulary // 2] -= 200  # so unlikely that its probability is 0 in float32
+    p[3, 3] = -INF
+    leaves = [x.requires_grad_() for x in (p, q)]
+    kl = exact_kl(p, q)
+    assert kl.isinf().tolist() == [True, True, True, False, False]
+    for gradient in gradients(kl, torch.ones(5), leaves):
+        assert not gradient[:3].any() and gradient.isfinite().all() and gradient[3:].any(-1).all()
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # so numpy remarks, in the interpreter
+def test_nan_stays_nan_in_its_row(path: str) -> None:
+    p, q = example(4, 700)
+    p[1, 5] = q[2, 600] = math.nan
+    assert exact_kl(p, q).isnan().tolist() == [False, True, True, False]
+
+
 @pytest.mark.parametrize("junk", [math.nan, INF, -INF])
 def test_junk_under_the_mask_does_not_matter(junk: float, path: str) -> None:
     p, q = example(4, 5, 30)
@@ -165,6 +221,46 @@ def test_strides_tiles_and_other_rows_do_not_matter(monkeypatch: pytest.MonkeyPa
         kl = exact_kl(*turned, mask=mask)
         for a, b in zip((kl, *gradients(kl, torch.ones(()).expand(6, 9), turned)), whole, strict=True):
             assert torch.equal(a, b)
+
+
+def test_logits_of_different_strides(path: str) -> None:
+    p, q = example(3, 4, 48)
+    plain = [x.clone().requires_grad_() for x in (p, q[:1].expand(3, 4, 48))]
+    laid = [torch.empty(4, 3, 48).transpose(0, 1).copy_(p), torch.stack([q[:1], q[:1]], -1)[..., 0]]
+    laid = [laid[0].requires_grad_(), laid[1].expand(3, 4, 48).detach().requires_grad_()]
+    assert laid[1].stride() == (0, 96, 2)
+    results = []
+    for leaves in (plain, laid):
+        kl = exact_kl(*leaves)
+        results.append((kl, *gradients(kl, torch.ones(3, 1).expand(3, 4), leaves)))
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected, 1e-6)
+    close(results[0][0], textbook(*plain), 4e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [700, 20_000])
+def test_a_row_depends_on_no_other_row_and_on_no_run(vocabulary: int, path: str) -> None:
+    p, q = (x.requires_grad_() for x in example(4, vocabulary))
+    whole = exact_kl(p, q)
+    whole = (whole, *gradients(whole, torch.ones(4), (p, q)))
+    for rows in (slice(0, 4), slice(2, 3), slice(1, 3)):
+        part = [x[rows].detach().requires_grad_() for x in (p, q)]
+        kl = exact_kl(*part)
+        for a, b in zip((kl, *gradients(kl, torch.ones(kl.shape), part)), whole, strict=True):
+            assert torch.equal(a, b[rows])
+
+
+def test_many_rows(path: str) -> None:
+    p, q = example(70 if INTERPRETED and path == "triton" else 70_000, 5)
+    close(exact_kl(p, q), textbook(p, q), 4e-6)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # so numpy remarks, in the interpreter
+@pytest.mark.parametrize("path", ["triton"], indirect=True)
+def test_a_row_without_an_upstream_gradient_is_not_read(path: str) -> None:
+    leaves = [torch.full((2, 5), math.nan, requires_grad=True) for _ in "pq"]
+    for gradient in gradients(exact_kl(*leaves), torch.tensor([0.0, 1.0]), leaves):
+        assert torch.equal(gradient[0], torch.zeros(5)) and gradient[1].isnan().all()
 
 
 def test_a_double_backward_raises(path: str) -> None:
