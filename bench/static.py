@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlhf_kernels._triton import _rows, token_logprobs
+from rlhf_kernels._triton import _rows, exact_kl, kl_estimate, token_logprobs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -29,6 +29,7 @@ TARGETS = {
 MOST_REGISTERS = 80
 MOST_SHARED = 16 * 1024
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.bool: "*i1"}
+NUMBER = {"inverse": "fp32", "vocabulary": "i32", "count": "i32"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def cases() -> Iterator[Case]:
     """Every kernel, at a vocabulary of 151,936, in bfloat16 and float32, with all that can be asked of it."""
     for dtype in (torch.bfloat16, torch.float32):
         yield from token_logprobs_cases(dtype)
+        yield from exact_kl_cases(dtype)
+        yield from kl_estimate_cases(dtype)
 
 
 def token_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iterator[Case]:
@@ -108,6 +111,73 @@ def token_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Itera
     )
 
 
+def exact_kl_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iterator[Case]:
+    cut = _rows.Cut.of(vocabulary, dtype.itemsize, exact_kl.VECTORS)
+    constants = cut.constants()
+    warps = constants.pop("num_warps")
+    flags = {"MASKED": True, "ROW_TEMPERATURE": True}
+    reading = {"ALIGNED": True, "UNIT_STRIDE": True, "ITEMSIZE_P": dtype.itemsize, "ITEMSIZE_Q": dtype.itemsize}
+    pointers = {"logits_p": dtype, "logits_q": dtype, "gradient_p": dtype, "gradient_q": dtype, "mask": torch.bool}
+    name = str(dtype).removeprefix("torch.")
+    size = 2 * dtype.itemsize
+    yield case(
+        f"exact_kl forward ({name})",
+        exact_kl.pieces_kernel,
+        pointers,
+        {**flags, **reading, **constants, "GROUP": exact_kl.group_of(vocabulary, dtype.itemsize)},
+        warps,
+        moved=size,
+        least=size,
+    )
+    for label, wants_p, wants_q in (("p", True, False), ("q", False, True), ("p and q", True, True)):
+        moved = size + dtype.itemsize * (wants_p + wants_q)
+        yield case(
+            f"exact_kl backward to {label} ({name})",
+            exact_kl.backward_kernel,
+            pointers,
+            {**flags, **reading, **constants, "WANTS_P": wants_p, "WANTS_Q": wants_q},
+            warps,
+            moved=moved,
+            least=moved,
+        )
+    yield case(
+        f"exact_kl rows ({name})",
+        exact_kl.rows_kernel,
+        pointers,
+        {**flags, "PIECES": cut.pieces, "ROWS": 64},
+        warps,
+        moved=0,
+        least=0,
+        wide=False,
+    )
+
+
+def kl_estimate_cases(dtype: torch.dtype) -> Iterator[Case]:
+    pointers = dict.fromkeys(("logp", "ref_logp", "gradient", "ref_gradient"), dtype)
+    constants = {"KIND": "k3", "BLOCK": kl_estimate.BLOCK}
+    wants = {"WANTS": True, "WANTS_REF": True}
+    name, size = str(dtype).removeprefix("torch."), 2 * dtype.itemsize + 4
+    yield case(
+        f"kl_estimate forward (k3, {name})",
+        kl_estimate.forward_kernel,
+        pointers,
+        constants,
+        _rows.WARPS,
+        moved=size,
+        least=size,
+    )
+    size += 2 * dtype.itemsize
+    yield case(
+        f"kl_estimate backward (k3, {name})",
+        kl_estimate.backward_kernel,
+        pointers,
+        {**constants, **wants},
+        _rows.WARPS,
+        moved=size,
+        least=size,
+    )
+
+
 def case(
     name: str,
     kernel: Any,
@@ -126,8 +196,8 @@ def case(
             signature[parameter.name] = "constexpr"
         elif parameter.annotation_type:
             signature[parameter.name] = parameter.annotation_type
-        elif parameter.name in ("inverse", "vocabulary"):
-            signature[parameter.name] = {"inverse": "fp32", "vocabulary": "i32"}[parameter.name]
+        elif parameter.name in NUMBER:
+            signature[parameter.name] = NUMBER[parameter.name]
         else:
             signature[parameter.name] = POINTER[pointers.get(parameter.name, torch.float32)]
     return Case(name, kernel, signature, constants, warps, moved, least, wide)
@@ -136,10 +206,8 @@ def case(
 def compiled(case: Case, target: str) -> Row:
     """Compile one case for one target, and read what came out."""
     names = list(case.signature)
-    # What the launcher finds out of itself: pointers begin at 16 bytes, and 151,936 is a multiple of 16.
-    aligned = [
-        (names.index(name),) for name, kind in case.signature.items() if kind.startswith("*") or name == "vocabulary"
-    ]
+    # What the launcher finds out of itself: pointers begin at 16 bytes, and sizes like 151,936 are multiples of 16.
+    aligned = [(names.index(name),) for name, kind in case.signature.items() if kind.startswith("*") or kind == "i32"]
     source = ASTSource(
         case.kernel,
         signature=case.signature,

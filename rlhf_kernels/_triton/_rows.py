@@ -33,10 +33,10 @@ class Cut:
     pieces: int
 
     @classmethod
-    def of(cls, vocabulary: int, itemsize: int) -> "Cut":
-        """128 bits a thread and load, four loads in flight; less where the row is short."""
+    def of(cls, vocabulary: int, itemsize: int, most_vectors: int = 4) -> "Cut":
+        """128 bits a thread and load, `most_vectors` loads in flight; less where the row is short."""
         block = min(WARPS * 32 * 16 // itemsize, triton.next_power_of_2(max(16, vocabulary)))
-        vectors = max(1, min(4, triton.next_power_of_2(vocabulary) // block))
+        vectors = max(1, min(most_vectors, triton.next_power_of_2(vocabulary) // block))
         pieces = triton.cdiv(vocabulary, PIECE)
         piece = triton.cdiv(triton.cdiv(vocabulary, pieces), block * vectors) * block * vectors
         return cls(block, vectors, piece, triton.cdiv(vocabulary, piece))

@@ -28,7 +28,6 @@ def exact_kl(
 
     Raises ValueError for shapes that do not match or a temperature that is not positive, TypeError for dtypes.
     """
-    backend.torch_only("exact_kl")
     _check.floating(logits_p=logits_p, logits_q=logits_q)
     _check.same_shape(logits_p=logits_p, logits_q=logits_q)
     if logits_p.dim() == 0:
@@ -38,6 +37,8 @@ def exact_kl(
         _check.boolean_mask(mask, shape)
     dtype = _check.accumulation_dtype(logits_p, logits_q)
     inverse = _rows.inverse_temperature(temperature, shape, mask, dtype)
+    if backend.use_triton("exact_kl", logits_p, logits_q):
+        return _on_triton(logits_p, logits_q, inverse, mask)
     if torch.compiler.is_compiling():
         return _definition(logits_p.to(dtype), logits_q.to(dtype), inverse, mask)
 
@@ -51,6 +52,19 @@ def exact_kl(
     else:
         kl = _forward(rows_p, rows_q, inverse, masked)[0]
     return kl.view(shape)
+
+
+def _on_triton(logits_p: Tensor, logits_q: Tensor, inverse: float | Tensor | None, mask: Tensor | None) -> Tensor:
+    from rlhf_kernels._triton import exact_kl as twin
+
+    kl = twin.ExactKL.apply(
+        _rows.rows_first(logits_p),
+        _rows.rows_first(logits_q),
+        inverse if isinstance(inverse, float) else 1.0,
+        inverse.reshape(-1) if isinstance(inverse, Tensor) else None,
+        None if mask is None else mask.reshape(-1),
+    )
+    return kl.view(logits_p.shape[:-1])
 
 
 def _definition(p: Tensor, q: Tensor, inverse: float | Tensor | None, mask: Tensor | None) -> Tensor:

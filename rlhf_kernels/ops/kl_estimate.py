@@ -25,13 +25,20 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, *, kind: Kind = "k1") -> Tensor:
         k3: the gradient of KL(ref || pi)
 
     logp and ref_logp have one shape, floating; the result has it too, in nats per token, float32 (float64 if an input
-    is). Both get gradients. Source: J. Schulman, "Approximating KL divergence" (2020).
+    is). Both get gradients; where the Triton kernel runs, a double backward raises. Source: J. Schulman, "Approximating
+    KL divergence" (2020).
 
     Raises ValueError for another kind or shapes that differ, TypeError for a dtype that is not floating.
     """
-    backend.torch_only("kl_estimate")
     _check.floating(logp=logp, ref_logp=ref_logp)
     _check.same_shape(logp=logp, ref_logp=ref_logp)
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind is {kind!r}; allowed are {', '.join(get_args(Kind))}")
+    if backend.use_triton("kl_estimate", logp, ref_logp):
+        from rlhf_kernels._triton import kl_estimate as twin
+
+        estimates: Tensor = twin.KLEstimate.apply(logp.contiguous(), ref_logp.contiguous(), kind)
+        return estimates
     dtype = _check.accumulation_dtype(logp, ref_logp)
     difference = logp.to(dtype) - ref_logp.to(dtype)
     match kind:
@@ -41,5 +48,3 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, *, kind: Kind = "k1") -> Tensor:
             return difference.square() / 2
         case "k3":
             return torch.expm1(-difference) + difference
-        case _:
-            raise ValueError(f"kind is {kind!r}; allowed are {', '.join(get_args(Kind))}")

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from rlhf_kernels import exact_kl, kl_estimate
 
@@ -67,7 +68,7 @@ def test_k1_and_k3_are_unbiased_and_k2_is_not() -> None:
 
 
 @pytest.mark.parametrize("difference", [1e-2, 1e-3, 3e-4, -3e-4, 1e-5])
-def test_k3_of_tiny_differences_in_float32(difference: float) -> None:
+def test_k3_of_tiny_differences_in_float32(difference: float, path: str) -> None:
     logp = torch.tensor([difference])
     exact = math.expm1(-logp.item()) + logp.item()
     plain = torch.exp(-logp) - 1 + logp
@@ -77,28 +78,79 @@ def test_k3_of_tiny_differences_in_float32(difference: float) -> None:
         assert abs(value - exact) < abs(plain.item() - exact) / 50
 
 
-def test_equal_log_probs_give_exactly_zero() -> None:
+def test_equal_log_probs_give_exactly_zero(path: str) -> None:
     logp = -torch.rand(100) * 20
     for kind in KINDS:
         assert not kl_estimate(logp, logp.clone(), kind=kind).any()
 
 
-def test_k2_and_k3_are_never_negative() -> None:
+def test_k2_and_k3_are_never_negative(path: str) -> None:
     difference = torch.cat([torch.logspace(-6, 1, 300), -torch.logspace(-6, 1, 300)])
     for kind in ("k2", "k3"):
         assert (kl_estimate(difference, torch.zeros(600), kind=kind) >= 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dtypes_and_gradients(kind: str) -> None:
+def test_gradcheck_in_float64(kind: str) -> None:
     logp, ref_logp = -torch.rand(2, 3, 4, dtype=torch.float64)
     assert torch.autograd.gradcheck(
         lambda a, b: kl_estimate(a, b, kind=kind), (logp.requires_grad_(), ref_logp.requires_grad_())
     )
-    half = [x.detach().to(torch.bfloat16) for x in (logp, ref_logp)]
-    result = kl_estimate(*half, kind=kind)
-    assert result.dtype == torch.float32 and result.shape == (3, 4)
-    torch.testing.assert_close(result.double(), kl_estimate(*(x.double() for x in half), kind=kind), rtol=0, atol=2e-7)
+
+
+def in_float64(logp: Tensor, ref_logp: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The estimate, and its derivative by d = logp - ref_logp."""
+    d = logp.double() - ref_logp.double()
+    # expm1(-d) + d loses digits for small d, in float64 too.
+    series = sum(d.pow(k) * (-1) ** k / math.factorial(k) for k in range(2, 9))
+    k3 = torch.where(d.abs() < 0.01, series, torch.expm1(-d) + d)
+    return {"k1": (d, torch.ones_like(d)), "k2": (d * d / 2, d), "k3": (k3, -torch.expm1(-d))}[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("asks", ["logp", "ref_logp", "both"])
+def test_dtypes_gradients_and_strides(kind: str, dtype: torch.dtype, asks: str, path: str) -> None:
+    logp = -torch.rand(4, 700).to(dtype).t()
+    ref_logp = (-torch.rand(1, 4)).expand(700, 4)
+    leaves = [x.requires_grad_() for x, name in ((logp, "logp"), (ref_logp, "ref_logp")) if asks in (name, "both")]
+    result, (expected, derivative) = kl_estimate(logp, ref_logp, kind=kind), in_float64(logp, ref_logp, kind)
+    assert result.dtype == torch.float32 and result.shape == (700, 4)
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=2e-7)
+    upstream = torch.randn(700, 1).expand(700, 4)
+    for x, gradient in zip(leaves, torch.autograd.grad(result, leaves, upstream), strict=True):
+        assert gradient.dtype == x.dtype
+        wanted = upstream.double() * (derivative if x is logp else -derivative)
+        half = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(x.dtype, 0)
+        torch.testing.assert_close(gradient.double(), wanted, rtol=half, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", ["triton"], indirect=True)
+def test_every_digit_of_k3_and_its_gradient(path: str) -> None:
+    size = torch.logspace(-6, math.log10(5), 2000)
+    d = torch.cat([size, -size]).requires_grad_()
+    estimate = kl_estimate(d, torch.zeros(4000), kind="k3")
+    expected, derivative = in_float64(d.detach(), torch.zeros(4000), "k3")
+    torch.testing.assert_close(estimate.double(), expected, rtol=2e-6, atol=0)
+    gradient = torch.autograd.grad(estimate.sum(), d)[0]
+    torch.testing.assert_close(gradient.double(), derivative, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 0, 3), (2, 3, 4)])
+def test_any_shape(shape: tuple[int, ...], path: str) -> None:
+    logp, ref_logp = (torch.rand(shape).requires_grad_() for _ in range(2))
+    result = kl_estimate(logp, ref_logp, kind="k2")
+    torch.testing.assert_close(result, (logp - ref_logp).square() / 2)
+    result.sum().backward()
+    assert logp.grad.shape == shape and torch.equal(logp.grad, -ref_logp.grad)
+
+
+@pytest.mark.parametrize("path", ["triton"], indirect=True)
+def test_a_double_backward_raises_on_triton(path: str) -> None:
+    logp = torch.rand(3, requires_grad=True)
+    gradient = torch.autograd.grad(kl_estimate(logp, torch.zeros(3), kind="k3").sum(), logp, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.sum().backward()
 
 
 def test_compiles_as_one_graph() -> None:
