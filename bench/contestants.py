@@ -66,6 +66,7 @@ def ours() -> list[Contestant]:
             kernels,
             on_gpu=True,
             running=partial(backend.using, "triton"),
+            missing="" if installed("triton") else "triton not installed",
         ),
     ]
 
@@ -94,7 +95,7 @@ def trl() -> list[Contestant]:
             ("logits_q",),
             on_gpu=True,
             running=trl_on_triton,
-            missing=missing or ("" if installed("triton") else "triton is not installed"),
+            missing=missing or ("" if installed("triton") else "triton not installed"),
         ),
         Contestant(
             "TRL torch",
