@@ -1,6 +1,7 @@
 """KL(p || q) over the whole vocabulary: one read of both logits forward; one read of both, one write of each wanted
 gradient backward."""
 
+import functools
 from typing import Any
 
 import torch
@@ -369,6 +370,58 @@ def _reading(p: Tensor, q: Tensor) -> tuple[_rows.Cut, list[int], dict[str, Any]
     }
     cut = _rows.Cut.of(p.shape[-1], min(p.element_size(), q.element_size()), VECTORS)
     return cut, [p.shape[1], *strides_p, *strides_q], constants
+
+
+operator = torch.library.custom_op("rlhf_kernels::exact_kl", forward, mutates_args=())
+"""The same for torch.compile, which does not look inside, and gets the gradients from `_operator_backward`."""
+
+
+@operator.register_fake
+def _operator_shapes(
+    p: Tensor, q: Tensor, inverse: float, inverse_rows: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    rows = p.shape[0] * p.shape[1]
+    new = functools.partial(torch.empty, dtype=torch.float32, device=p.device)
+    return new(rows), new(4, rows)
+
+
+def _both_gradients(
+    p: Tensor,
+    q: Tensor,
+    inverse: float,
+    inverse_rows: Tensor | None,
+    mask: Tensor | None,
+    kl: Tensor,
+    sums: Tensor,
+    upstream: Tensor,
+) -> tuple[Tensor, Tensor]:
+    gradient_p, gradient_q = backward(p, q, inverse, inverse_rows, mask, kl, sums, upstream, True, True)
+    assert gradient_p is not None and gradient_q is not None
+    return gradient_p, gradient_q
+
+
+_backward_operator = torch.library.custom_op("rlhf_kernels::exact_kl_backward", _both_gradients, mutates_args=())
+
+
+@_backward_operator.register_fake
+def _backward_operator_shapes(p: Tensor, q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    new = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+    return new(p), new(q)
+
+
+def _save_for_operator_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    p, q, ctx.inverse, inverse_rows, mask = inputs
+    ctx.save_for_backward(p, q, inverse_rows, mask, *output)
+
+
+def _operator_backward(ctx: Any, upstream: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    p, q, inverse_rows, mask, kl, sums = ctx.saved_tensors
+    gradients = _backward_operator(p, q, ctx.inverse, inverse_rows, mask, kl, sums, upstream)
+    wants = ctx.needs_input_grad[:2]
+    return *(x if wanted else None for x, wanted in zip(gradients, wants, strict=True)), None, None, None
+
+
+operator.register_autograd(_operator_backward, setup_context=_save_for_operator_backward)
 
 
 class ExactKL(torch.autograd.Function):

@@ -164,3 +164,16 @@ def inverse_temperature(
     if _check.on_host(temperature) and not torch.compiler.is_compiling() and not bool(valid.all()):
         raise ValueError(f"temperature must be positive and finite in every row, got {temperature[~valid][0].item()}")
     return torch.where(valid, temperature, math.nan).reciprocal()
+
+
+def kernel_temperature(inverse: float | Tensor | None, like: Tensor) -> tuple[float, Tensor | None]:
+    """1 / temperature as a kernel takes it: a number, or a tensor [N] for the N rows of `like` [..., V].
+
+    torch.compile gets a tensor in any case: it would compile a number into the graph, and anew for the next one.
+    """
+    rows = like.shape[:-1].numel()
+    if isinstance(inverse, Tensor):
+        return 1.0, inverse.reshape(rows)
+    if inverse is not None and torch.compiler.is_compiling():
+        return 1.0, torch.ones(rows, device=like.device) * inverse
+    return inverse or 1.0, None

@@ -57,13 +57,13 @@ def exact_kl(
 def _on_triton(logits_p: Tensor, logits_q: Tensor, inverse: float | Tensor | None, mask: Tensor | None) -> Tensor:
     from rlhf_kernels._triton import exact_kl as twin
 
-    kl = twin.ExactKL.apply(
+    arguments = (
         _rows.rows_first(logits_p),
         _rows.rows_first(logits_q),
-        inverse if isinstance(inverse, float) else 1.0,
-        inverse.reshape(-1) if isinstance(inverse, Tensor) else None,
+        *_rows.kernel_temperature(inverse, logits_p),
         None if mask is None else mask.reshape(-1),
     )
+    kl = twin.operator(*arguments)[0] if torch.compiler.is_compiling() else twin.ExactKL.apply(*arguments)
     return kl.view(logits_p.shape[:-1])
 
 

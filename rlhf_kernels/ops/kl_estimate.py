@@ -34,7 +34,8 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, *, kind: Kind = "k1") -> Tensor:
     _check.same_shape(logp=logp, ref_logp=ref_logp)
     if kind not in get_args(Kind):
         raise ValueError(f"kind is {kind!r}; allowed are {', '.join(get_args(Kind))}")
-    if backend.use_triton("kl_estimate", logp, ref_logp):
+    # torch.compile fuses the plain formula with what stands around it, which no kernel of ours can.
+    if backend.use_triton("kl_estimate", logp, ref_logp) and not torch.compiler.is_compiling():
         from rlhf_kernels._triton import kl_estimate as twin
 
         estimates: Tensor = twin.KLEstimate.apply(logp.contiguous(), ref_logp.contiguous(), kind)

@@ -98,20 +98,14 @@ def _on_triton(
     if _check.on_host(tokens) and not torch.compiler.is_compiling():  # the interpreter
         inside_vocabulary(tokens, logits.shape[-1], mask.unsqueeze(-1) if mask is not None and several else mask)
     rows = logits.shape[:-1].numel()
-    number = inverse if isinstance(inverse, float) else 1.0
-    inverse_rows = inverse.reshape(rows) if isinstance(inverse, Tensor) else None
-    compiling = torch.compiler.is_compiling()
-    if compiling and inverse is not None and inverse_rows is None:  # a number would be compiled into the graph
-        number, inverse_rows = 1.0, torch.ones(rows, device=logits.device) * inverse
     arguments = (
         _rows.rows_first(logits),
         tokens.reshape(rows, tokens.shape[-1] if several else 1),
-        number,
-        inverse_rows,
+        *_rows.kernel_temperature(inverse, logits),
         None if mask is None else mask.reshape(rows),
         entropy,
     )
-    if compiling:  # the compiler plans the memory itself: nothing is to be won in place
+    if torch.compiler.is_compiling():  # the compiler plans the memory itself: nothing is to be won in place
         logp, entropies, *_ = twin.operator(*arguments)
         return logp, entropies if entropy else None
     return twin.TokenLogProbs.apply(*arguments, inplace)

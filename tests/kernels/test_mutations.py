@@ -35,7 +35,9 @@ class Mutation:
         return f"tests/kernels/test_{name}.py", QUICK.format(path=path)
 
 
-QUICK = "{path} and (textbook or temperature or junk or several or unlikely) and not (32000 or 129920 or 151936 or 262147)"
+QUICK = (
+    "{path} and (textbook or temperature or junk or several or unlikely) and not (32000 or 129920 or 151936 or 262147)"
+)
 
 MUTATIONS = [
     Mutation("rlhf_kernels/_triton/token_logprobs.py", "sign of the gradient", "d = -over_total", "d = over_total"),
