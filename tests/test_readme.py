@@ -25,7 +25,7 @@ ELSEWHERE = {
     "pip install ./examples/brevity_reward": "tests/test_examples.py",
     "python examples/own_loop.py runs/movies/pretrain/result": "tests/test_examples.py",
 }
-HERE = ["rlhf plugins", "rlhf plugins examples/movies.toml", "python -m rlhf_kernels"]
+HERE = ["rlhf plugins", "rlhf plugins examples/movies.toml", "python -m rlhf_kernels", "python -m rlhf_kernels --check"]
 
 
 def commands() -> list[str]:
@@ -103,3 +103,25 @@ def test_the_demo_table_is_the_measured_one() -> None:
     measured = (ROOT / "bench" / "results" / "demo" / "table.md").read_text("utf-8")
     assert shown
     assert measured.startswith(shown)
+
+
+def test_the_lines_that_replace_other_trainers_give_the_same() -> None:
+    import torch
+
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "# TRL:" in b]
+    temperature, mask = 0.7, torch.ones(3, 4, dtype=torch.bool)
+    hidden, lm_head = torch.randn(3, 4, 8), torch.nn.Linear(8, 50, bias=False)
+    tokens = torch.randint(50, (3, 4))
+    logits = lm_head(hidden).detach()
+    names = {"logits": logits, "hidden": hidden, "lm_head": lm_head, "tokens": tokens, "mask": mask}
+    names["temperature"] = temperature
+    answers = []
+    for line in block.splitlines():
+        exec(line, names)
+        if line.startswith("logp"):
+            answers.append(names["logp"])
+    by_hand = torch.log_softmax(logits / temperature, -1)
+    assert len(answers) == 3
+    for answer in answers:
+        torch.testing.assert_close(answer, by_hand.gather(-1, tokens[..., None])[..., 0])
+    torch.testing.assert_close(names["entropy"], -(by_hand.exp() * by_hand).sum(-1))
