@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import rlhf_kernels.ops.linear_logprobs as module
 from rlhf_kernels import linear_logprobs
-from rlhf_kernels.ops import _check
+from rlhf_kernels.ops import _check, _linear_head
 from tests.kernels.memory import peak_growth
 
 INF = math.inf
@@ -16,10 +15,10 @@ INF = math.inf
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The ways through the code, in small tiles: the exponentials are kept, or computed again; and kept where the
     host would have to wait for a device to look at values."""
-    monkeypatch.setattr(module, "_TILE_BYTES", 1)
-    monkeypatch.setattr(module, "_FEWEST_TILE_ROWS", 5)
+    monkeypatch.setattr(_linear_head, "_TILE_BYTES", 1)
+    monkeypatch.setattr(_linear_head, "_FEWEST_TILE_ROWS", 5)
     if request.param == "recomputed":
-        monkeypatch.setattr(module, "_KEPT_BYTES", -1)
+        monkeypatch.setattr(_linear_head, "_KEPT_BYTES", -1)
     if request.param == "device":
         monkeypatch.setattr(_check, "on_host", lambda x: False)
     return request.param
@@ -307,7 +306,7 @@ def test_autocast_does_not_lower_the_precision() -> None:
 
 
 def test_memory_is_bounded_beyond_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_KEPT_BYTES", 32 * 2**20)
+    monkeypatch.setattr(_linear_head, "_KEPT_BYTES", 32 * 2**20)
     hidden, weight, _, tokens = example(6000, width=8, vocabulary=8000)  # 192 MB of logits
 
     def call() -> None:
