@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlhf_kernels._triton import _rows, token_logprobs
+from rlhf_kernels._triton import _rows, linear_logprobs, token_logprobs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -28,6 +28,9 @@ TARGETS = {
 # Six programs of four warps then fit a multiprocessor, with 48 KiB of loads in flight: twice what the memory needs.
 MOST_REGISTERS = 80
 MOST_SHARED = 16 * 1024
+# The numbers that a kernel does not annotate. 151,936, and what a tile is wide, are multiples of 16.
+NUMBERS = {"inverse": "fp32", "softcap": "fp32", "vocabulary": "i32", "columns": "i32", "stride": "i32"}
+ALIGNED = ("vocabulary", "columns", "stride")
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.bool: "*i1"}
 
 
@@ -65,6 +68,7 @@ def cases() -> Iterator[Case]:
     """Every kernel, at a vocabulary of 151,936, in bfloat16 and float32, with all that can be asked of it."""
     for dtype in (torch.bfloat16, torch.float32):
         yield from token_logprobs_cases(dtype)
+        yield from linear_logprobs_cases(dtype)
 
 
 def token_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iterator[Case]:
@@ -108,6 +112,34 @@ def token_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Itera
     )
 
 
+def linear_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iterator[Case]:
+    """The tiles are float32 whatever the dtype, which is that of the bias and of the gradient of the logits."""
+    constants = {"BIASED": True, "CAPPED": True, "ROW_TEMPERATURE": True, **linear_logprobs.block(vocabulary)}
+    warps = constants.pop("num_warps")
+    pointers = {"bias": dtype, "gradient": dtype, "tokens": torch.int64}
+    name = str(dtype).removeprefix("torch.")
+    for entropy in (False, True):
+        label = f"{name}{', entropy' if entropy else ''}"
+        yield case(
+            f"linear_logprobs fold ({label})",
+            linear_logprobs.fold_kernel,
+            pointers,
+            {**constants, "ENTROPY": entropy},
+            warps,
+            moved=4,
+            least=4,
+        )
+        yield case(
+            f"linear_logprobs gradient ({label})",
+            linear_logprobs.gradient_kernel,
+            pointers,
+            {**constants, "LOGP_GRADIENT": True, "ENTROPY_GRADIENT": entropy},
+            warps,
+            moved=4 + dtype.itemsize,
+            least=4 + dtype.itemsize,
+        )
+
+
 def case(
     name: str,
     kernel: Any,
@@ -126,8 +158,8 @@ def case(
             signature[parameter.name] = "constexpr"
         elif parameter.annotation_type:
             signature[parameter.name] = parameter.annotation_type
-        elif parameter.name in ("inverse", "vocabulary"):
-            signature[parameter.name] = {"inverse": "fp32", "vocabulary": "i32"}[parameter.name]
+        elif parameter.name in NUMBERS:
+            signature[parameter.name] = NUMBERS[parameter.name]
         else:
             signature[parameter.name] = POINTER[pointers.get(parameter.name, torch.float32)]
     return Case(name, kernel, signature, constants, warps, moved, least, wide)
@@ -136,9 +168,9 @@ def case(
 def compiled(case: Case, target: str) -> Row:
     """Compile one case for one target, and read what came out."""
     names = list(case.signature)
-    # What the launcher finds out of itself: pointers begin at 16 bytes, and 151,936 is a multiple of 16.
+    # What the launcher finds out of itself: pointers begin at 16 bytes, and some numbers are multiples of 16.
     aligned = [
-        (names.index(name),) for name, kind in case.signature.items() if kind.startswith("*") or name == "vocabulary"
+        (names.index(name),) for name, kind in case.signature.items() if kind.startswith("*") or name in ALIGNED
     ]
     source = ASTSource(
         case.kernel,

@@ -54,7 +54,8 @@ class Tiles:
         return torch.empty(self.rows, self.columns, dtype=dtype, device=like.device)
 
 
-def _constants(vocabulary: int) -> dict[str, Any]:
+def block(vocabulary: int) -> dict[str, Any]:
+    """How a program reads a chunk of a row of this width."""
     cut = _rows.Cut.of(min(vocabulary, _CHUNK), itemsize=4)
     return {"BLOCK": cut.block, "VECTORS": cut.vectors, "num_warps": _rows.WARPS}
 
@@ -77,10 +78,10 @@ def finished(product, bias, column, inside, softcap, BIASED: tl.constexpr, CAPPE
     return x, slope
 
 
-@triton.jit(do_not_specialize=["all_rows", "first_row", "first_column", "first_token", "columns"])
+@triton.jit(do_not_specialize=["all_rows", "first_row", "first_token"])
 def fold_kernel(
     tile,  # [rows, stride] fp32: the products with `columns` rows of the weight
-    bias,  # [V], if BIASED
+    bias,  # [columns], if BIASED
     tokens,  # [N] integers
     inverse_rows,  # [N] fp32: 1 / temperature of each row, if ROW_TEMPERATURE
     figures,  # [4, N] fp32: maximum, total, the token's logit, weighted; of the columns before these
@@ -88,9 +89,8 @@ def fold_kernel(
     softcap,  # if CAPPED
     all_rows: tl.int64,
     first_row: tl.int64,
-    first_column: tl.int64,
     first_token: tl.int64,
-    columns: tl.int32,
+    columns,
     stride,
     ENTROPY: tl.constexpr,
     BIASED: tl.constexpr,
@@ -103,8 +103,6 @@ def fold_kernel(
     d = (x - maximum) * log2(e) / temperature."""
     row = first_row + tl.program_id(0)
     x_row = tile + tl.program_id(0).to(tl.int64) * stride
-    if BIASED:
-        bias += first_column
     if ROW_TEMPERATURE:
         inverse = tl.load(inverse_rows + row)
     scale = inverse * _rows.LOG2_E
@@ -138,11 +136,11 @@ def fold_kernel(
     tl.store(figures + 2 * all_rows + row, own, mask=here)
 
 
-@triton.jit(do_not_specialize=["first_row", "first_column", "first_token", "columns"])
+@triton.jit(do_not_specialize=["first_row", "first_token"])
 def gradient_kernel(
     tile,  # [rows, stride] fp32: the products with `columns` rows of the weight
     gradient,  # [rows, stride]; may be the tile itself
-    bias,  # [V], if BIASED
+    bias,  # [columns], if BIASED
     tokens,  # [N] integers
     inverse_rows,  # [N] fp32, if ROW_TEMPERATURE
     maxima,  # [N] fp32
@@ -153,9 +151,8 @@ def gradient_kernel(
     inverse,
     softcap,
     first_row: tl.int64,
-    first_column: tl.int64,
     first_token: tl.int64,
-    columns: tl.int32,
+    columns,
     stride,
     LOGP_GRADIENT: tl.constexpr,
     ENTROPY_GRADIENT: tl.constexpr,
@@ -172,8 +169,6 @@ def gradient_kernel(
     at_row = tl.program_id(0).to(tl.int64) * stride
     column = _rows.columns(tl.program_id(1) * (BLOCK * VECTORS), VECTORS, BLOCK)
     inside = column < columns
-    if BIASED:
-        bias += first_column
     total = tl.load(totals + row)
     g, h = 0.0, 0.0
     if LOGP_GRADIENT:
@@ -233,17 +228,23 @@ class Head:
             multiply(self.low[rows], self.up[columns].t(), out, add=True)
         return out
 
+    def bias_of(self, columns: slice) -> Tensor | None:
+        return None if self.bias is None else self.bias[columns]
+
     def numbers(self, columns: slice, rows: slice, tile: Tensor) -> tuple[int, ...]:
-        """What the kernels are told of a tile: first row, first column, first token, columns, stride."""
+        """What the kernels are told of a tile: first row, first token, columns, stride.
+
+        The last two are multiples of 16, as wide accesses want them, but for the end of an odd vocabulary.
+        """
         first_token = columns.start + (0 if self.place is None else self.place.start)
-        return rows.start, columns.start, first_token, columns.stop - columns.start, tile.stride(0)
+        return rows.start, first_token, columns.stop - columns.start, tile.stride(0)
 
     def inverses(self) -> float | Tensor:
         return self.inverse if self.inverse_rows is None else self.inverse_rows
 
     def constants(self) -> dict[str, Any]:
         flags = {"BIASED": self.bias is not None, "CAPPED": self.softcap is not None}
-        return {**flags, "ROW_TEMPERATURE": self.inverse_rows is not None, **_constants(self.weight.shape[0])}
+        return {**flags, "ROW_TEMPERATURE": self.inverse_rows is not None, **block(self.weight.shape[0])}
 
 
 def forward(head: Head, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -260,7 +261,7 @@ def forward(head: Head, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor |
                 part = head.products(columns, some_rows, tile)
                 fold_kernel[(part.shape[0],)](
                     tile,
-                    head.bias,
+                    head.bias_of(columns),
                     tokens,
                     head.inverse_rows,
                     figures,
@@ -363,7 +364,7 @@ def backward(
             gradient_kernel[(count, chunks)](
                 tile,
                 gradient,
-                head.bias,
+                head.bias_of(columns),
                 tokens,
                 head.inverse_rows,
                 maximum,
