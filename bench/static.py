@@ -169,9 +169,7 @@ def compiled(case: Case, target: str) -> Row:
     """Compile one case for one target, and read what came out."""
     names = list(case.signature)
     # What the launcher finds out of itself: pointers begin at 16 bytes, and some numbers are multiples of 16.
-    aligned = [
-        (names.index(name),) for name, kind in case.signature.items() if kind.startswith("*") or name in ALIGNED
-    ]
+    aligned = [(names.index(name),) for name, kind in case.signature.items() if kind.startswith("*") or name in ALIGNED]
     source = ASTSource(
         case.kernel,
         signature=case.signature,

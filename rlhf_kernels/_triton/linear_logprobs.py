@@ -1,7 +1,6 @@
 """Log-probabilities from hidden states and the output layer: matrix products by the vendor's library into float32 tiles
 of logits, and kernels that fold a tile into a few figures per row, or turn it into its gradient."""
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -130,9 +129,7 @@ def fold_kernel(
 
     token = tl.load(tokens + row).to(tl.int64) - first_token
     here = (token >= 0) & (token < columns)
-    own, _ = finished(
-        tl.load(x_row + token, mask=here, other=0.0), bias, token, here, softcap, BIASED, CAPPED
-    )
+    own, _ = finished(tl.load(x_row + token, mask=here, other=0.0), bias, token, here, softcap, BIASED, CAPPED)
     tl.store(figures + 2 * all_rows + row, own, mask=here)
 
 
@@ -391,13 +388,13 @@ def _in_range(
     float16 ends at 6e-8, above the gradient of most logits. A power of two lifts the largest upstream gradient to
     about 1000, and the others with it: nothing overflows, and p counts down to 1e-11 instead of to 1e-7 or none.
     """
-    given = [None if x is None else x.contiguous() for x in (grad_logp, grad_entropy)]
+    g, h = (None if x is None else x.contiguous() for x in (grad_logp, grad_entropy))
     if dtype != torch.float16:
-        return *given, None
-    largest = torch.stack([(x * inverse).abs().amax() for x in given if x is not None]).amax()
+        return g, h, None
+    largest = torch.stack([(x * inverse).abs().amax() for x in (g, h) if x is not None]).amax()
     _, exponent = torch.frexp(torch.where(largest.isfinite(), largest, 1))
     scale = torch.ldexp(torch.ones_like(largest), 10 - exponent)
-    return *(None if x is None else x * scale for x in given), scale.reciprocal()
+    return None if g is None else g * scale, None if h is None else h * scale, scale.reciprocal()
 
 
 class LinearLogProbs(torch.autograd.Function):
@@ -429,9 +426,10 @@ class LinearLogProbs(torch.autograd.Function):
     @staticmethod
     @_autograd.differentiable_once
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, low, up, inverse_rows, *columns = ctx.saved_tensors
+        hidden, weight, bias, low, up, inverse_rows, tokens, maximum, total, entropies = ctx.saved_tensors
         head = Head(hidden, weight, bias, low, up, ctx.inverse, inverse_rows, ctx.softcap, ctx.place)
-        gradients = backward(head, *columns, grad_logp, grad_entropy, ctx.needs_input_grad[:5])
+        figures = (maximum, total, entropies)
+        gradients = backward(head, tokens, *figures, grad_logp, grad_entropy, ctx.needs_input_grad[:5])
         leaves = (hidden, weight, bias, low, up)
         cast = (None if x is None else x.to(leaf.dtype) for x, leaf in zip(gradients, leaves, strict=True))
         return *cast, None, None, None, None, None, None

@@ -184,7 +184,9 @@ def _check_arguments(
     if vocabulary_parallel is not None:
         vocabulary_parallel.check(weight.shape[0])
         if torch.compiler.is_compiling():
-            raise RuntimeError("vocabulary_parallel does not run under torch.compile: call it outside of what is compiled")
+            raise RuntimeError(
+                "vocabulary_parallel does not run under torch.compile: call it outside of what is compiled"
+            )
 
 
 def _check_lora(low: Tensor, up: Tensor, weight: Tensor) -> None:
