@@ -26,7 +26,7 @@ ROWS = {
         *("hookspecs", "checkpoint", "state", "config", "models", "split"),
         "batch",
     ),
-    "rlhf_kernels": ("__main__", "__init__", "ops", "_triton", "_autograd", "backend"),
+    "rlhf_kernels": ("__main__", "__init__", "ops", "_triton", "_autograd", "_vocabulary_parallel", "backend"),
 }
 
 PICKLERS = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")

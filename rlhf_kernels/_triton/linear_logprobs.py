@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_kernels import _autograd
 from rlhf_kernels._triton import _rows
-from rlhf_kernels.ops._vocabulary_parallel import Figures, VocabularySlice, merged, sum_over
+from rlhf_kernels._vocabulary_parallel import Figures, VocabularySlice, merged, sum_over
 
 # A row is folded in chunks of so many logits. Where they are cut depends on V alone, however many a tile holds.
 _CHUNK = 2048

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import _autograd
+from rlhf_kernels._vocabulary_parallel import Figures, VocabularySlice, merged, sum_over
 from rlhf_kernels.ops import _check, _rows
-from rlhf_kernels.ops._vocabulary_parallel import Figures, VocabularySlice, merged, sum_over
 
 # Up to this size the exponentials of all logits are kept for the backward pass; larger ones are computed again.
 _KEPT_BYTES = 256 * 2**20

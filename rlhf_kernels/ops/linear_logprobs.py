@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import backend
+from rlhf_kernels._vocabulary_parallel import VocabularySlice
 from rlhf_kernels.ops import _check, _linear_head, _rows
-from rlhf_kernels.ops._vocabulary_parallel import VocabularySlice
 from rlhf_kernels.ops.token_logprobs import LogProbs, definition, inside_vocabulary
 
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from rlhf_kernels import backend
-from rlhf_kernels.ops._vocabulary_parallel import VocabularySlice
+from rlhf_kernels._vocabulary_parallel import VocabularySlice
 from rlhf_kernels.ops.linear_logprobs import linear_logprobs
 from rlhf_kernels.ops.policy_loss import PolicyLoss, Reduce, policy_loss
 

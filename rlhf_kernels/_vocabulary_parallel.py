@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf_kernels.ops import _rows
+# Stands for log 0 where it meets a total of 0: being finite, it makes the product 0.
+_SMALLEST_LOG = -1e30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ def merged(figures: Figures, scale: float | Tensor | None, place: VocabularySlic
     shifts, totals, *weighteds, owns = everyone.unbind(1)
     shift = shifts.amax(0)
     apart = shifts - shift if scale is None else (shifts - shift) * scale
-    apart = apart.clamp(min=_rows.SMALLEST_LOG)
+    apart = apart.clamp(min=_SMALLEST_LOG)
     rescale = apart.exp()
     weighted = ((weighteds[0] + totals * apart) * rescale).sum(0) if weighteds else None
     return Figures(shift, (totals * rescale).sum(0), weighted, owns.sum(0))
