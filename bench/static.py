@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlhf_kernels._triton import _rows, exact_kl, kl_estimate, token_logprobs
+from rlhf_kernels._triton import _rows, exact_kl, kl_estimate, linear_logprobs, token_logprobs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -28,8 +28,9 @@ TARGETS = {
 # Six programs of four warps then fit a multiprocessor, with 48 KiB of loads in flight: twice what the memory needs.
 MOST_REGISTERS = 80
 MOST_SHARED = 16 * 1024
+# The numbers that a kernel does not annotate. The sizes among them, such as 151,936, are multiples of 16.
+NUMBERS = {"inverse": "fp32", "softcap": "fp32", **dict.fromkeys(("vocabulary", "columns", "stride", "count"), "i32")}
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.bool: "*i1"}
-NUMBER = {"inverse": "fp32", "vocabulary": "i32", "count": "i32"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def cases() -> Iterator[Case]:
         yield from token_logprobs_cases(dtype)
         yield from exact_kl_cases(dtype)
         yield from kl_estimate_cases(dtype)
+        yield from linear_logprobs_cases(dtype)
 
 
 def token_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iterator[Case]:
@@ -178,6 +180,34 @@ def kl_estimate_cases(dtype: torch.dtype) -> Iterator[Case]:
     )
 
 
+def linear_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iterator[Case]:
+    """The tiles are float32 whatever the dtype, which is that of the bias and of the gradient of the logits."""
+    constants = {"BIASED": True, "CAPPED": True, "ROW_TEMPERATURE": True, **linear_logprobs.block(vocabulary)}
+    warps = constants.pop("num_warps")
+    pointers = {"bias": dtype, "gradient": dtype, "tokens": torch.int64}
+    name = str(dtype).removeprefix("torch.")
+    for entropy in (False, True):
+        label = f"{name}{', entropy' if entropy else ''}"
+        yield case(
+            f"linear_logprobs fold ({label})",
+            linear_logprobs.fold_kernel,
+            pointers,
+            {**constants, "ENTROPY": entropy},
+            warps,
+            moved=4,
+            least=4,
+        )
+        yield case(
+            f"linear_logprobs gradient ({label})",
+            linear_logprobs.gradient_kernel,
+            pointers,
+            {**constants, "LOGP_GRADIENT": True, "ENTROPY_GRADIENT": entropy},
+            warps,
+            moved=4 + dtype.itemsize,
+            least=4 + dtype.itemsize,
+        )
+
+
 def case(
     name: str,
     kernel: Any,
@@ -196,8 +226,8 @@ def case(
             signature[parameter.name] = "constexpr"
         elif parameter.annotation_type:
             signature[parameter.name] = parameter.annotation_type
-        elif parameter.name in NUMBER:
-            signature[parameter.name] = NUMBER[parameter.name]
+        elif parameter.name in NUMBERS:
+            signature[parameter.name] = NUMBERS[parameter.name]
         else:
             signature[parameter.name] = POINTER[pointers.get(parameter.name, torch.float32)]
     return Case(name, kernel, signature, constants, warps, moved, least, wide)

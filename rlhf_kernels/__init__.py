@@ -5,6 +5,7 @@ operation means stands in its docstring, `rlhf_kernels/ops/<name>.py`. What runs
 `python -m rlhf_kernels`, or `rlhf_kernels.backend.report()`.
 """
 
+from rlhf_kernels._vocabulary_parallel import VocabularySlice
 from rlhf_kernels.ops.exact_kl import exact_kl
 from rlhf_kernels.ops.gae import Advantages, gae
 from rlhf_kernels.ops.group_advantages import group_advantages
@@ -24,6 +25,7 @@ __all__ = [
     "LogProbs",
     "PolicyLoss",
     "ShapedAdvantages",
+    "VocabularySlice",
     "exact_kl",
     "gae",
     "group_advantages",

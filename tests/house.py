@@ -26,7 +26,10 @@ ROWS = {
         *("hookspecs", "checkpoint", "state", "config", "models", "split"),
         "batch",
     ),
-    "rlhf_kernels": ("__main__", "selftest", "__init__", "ops", "_triton", "_autograd", "backend"),
+    "rlhf_kernels": (
+        *("__main__", "selftest", "__init__", "ops", "_triton"),
+        *("_autograd", "_vocabulary_parallel", "backend"),
+    ),
 }
 
 PICKLERS = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")

@@ -20,6 +20,16 @@ def integer(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be an integer tensor, got {tensor.dtype}; convert it with .long()")
 
 
+def together(**tensors: Tensor) -> None:
+    """Raise TypeError for a DTensor, ValueError unless all tensors are on the device of the first one."""
+    (first_name, first), *_ = tensors.items()
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "full_tensor"):
+            raise TypeError(f"{name} is a DTensor, of which each process holds a part; pass {name}.full_tensor()")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}, but {first_name} on {first.device}; move it there")
+
+
 def same_shape(**tensors: Tensor) -> None:
     """Raise ValueError unless every tensor has the shape of the first one."""
     (first_name, first), *others = tensors.items()
