@@ -1,5 +1,7 @@
 """What the Triton kernels compile to, for four GPUs, on a machine that has none: `python -m bench.static`.
 
+It prints the table and writes it to bench/results/static.md.
+
 For each kernel and target: registers per thread, spills, shared memory, the widest load and store, and the bytes that
 it moves per element against the least possible. A spill, or a narrow access on the wide axis, is an error.
 """
@@ -31,6 +33,13 @@ MOST_SHARED = 16 * 1024
 # The numbers that a kernel does not annotate. The sizes among them, such as 151,936, are multiples of 16.
 NUMBERS = {"inverse": "fp32", "softcap": "fp32", **dict.fromkeys(("vocabulary", "columns", "stride", "count"), "i32")}
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.bool: "*i1"}
+
+
+RESULT = Path(__file__).parent / "results" / "static.md"
+HEAD = f"""# What the Triton kernels compile to
+
+Written by `python -m bench.static` with triton {triton.__version__}, without a GPU; V = 151,936. "load" and "store" are
+the widest accesses to global memory. Bytes per element are those that the kernel's own loads and stores move."""
 
 
 @dataclass(frozen=True)
@@ -314,7 +323,9 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     rows = [compiled(case, target) for case in cases() for target in TARGETS]
-    print(table(rows))
+    written = f"{HEAD}\n\n{table(rows)}\n"
+    print(written)
+    RESULT.write_text(written, "utf-8")
     if found := [fault for row in rows for fault in row.faults]:
         raise SystemExit("\n".join(["", *found]))
 
