@@ -13,7 +13,6 @@ the first kernel runs, it can also use it for tensors on a CPU, very slowly: for
 The mode is one setting for the whole process; `using` is for tests and for a main thread.
 """
 
-import functools
 import importlib.util
 import os
 import pkgutil
@@ -27,6 +26,10 @@ from pathlib import Path
 import torch
 
 MODES = ("auto", "triton", "torch")
+
+# Looked up here, and not in a call, because torch.compile can trace no look-up.
+_KERNELS = frozenset(path.stem for path in (Path(__file__).parent / "_triton").glob("[!_]*.py"))
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 _mode: str | None = None
 
@@ -106,10 +109,9 @@ def torch_only(operation: str) -> None:
     use_triton(operation)
 
 
-@functools.cache
 def has_kernel(operation: str) -> bool:
     """Whether the operation has a Triton kernel in this version."""
-    return (Path(__file__).parent / "_triton" / f"{operation}.py").exists()
+    return operation in _KERNELS
 
 
 def interpreted() -> bool:
@@ -117,10 +119,9 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-@functools.cache
 def _triton_problem() -> str:
-    """Why triton cannot be used, or nothing. The package is looked up, not imported."""
-    return "" if importlib.util.find_spec("triton") else "triton is not installed: pip install triton"
+    """Why triton cannot be used, or nothing. The package was looked up, not imported."""
+    return "" if _TRITON_IS_INSTALLED else "triton is not installed: pip install triton"
 
 
 def _refuse_without_triton(asked: str) -> None:

@@ -134,7 +134,7 @@ def inside_vocabulary(tokens: Tensor, vocabulary: int, mask: Tensor | None) -> t
     [0, vocabulary). On a CPU those raise IndexError; a GPU would have to wait for the answer."""
     if mask is not None:
         tokens = tokens.masked_fill(~mask, 0)
-    if _check.on_host(tokens):
+    if _check.on_host(tokens) and not torch.compiler.is_compiling():
         _check.token_ids(tokens, vocabulary)
         return tokens.long(), None
     outside = (tokens < 0) | (tokens >= vocabulary)
