@@ -126,19 +126,21 @@ def _on_triton(
 ) -> tuple[Tensor, Tensor | None]:
     from rlhf_kernels._triton import linear_logprobs as twin
 
+    # The kernels read these as they lie in memory.
+    tokens, bias = tokens.reshape(-1).contiguous(), None if bias is None else bias.contiguous()
     if torch.compiler.is_compiling():
         from rlhf_kernels._triton import _linear_compiled
 
         if inverse is not None and not isinstance(inverse, Tensor):
             # A number would be a constant of what is compiled, and a new temperature a new compilation.
             inverse = torch.ones_like(tokens, dtype=torch.float32) * inverse
-        inverse_rows = None if inverse is None else inverse.reshape(-1)
-        arguments = (rows, weight, bias, low, up, tokens.reshape(-1), inverse_rows, softcap, entropy)
+        inverse_rows = None if inverse is None else inverse.reshape(-1).contiguous()
+        arguments = (rows, weight, bias, low, up, tokens, inverse_rows, softcap, entropy)
         logp, entropies, *_ = _linear_compiled.forward(*arguments)
         return logp, entropies if entropy else None
-    inverse_rows = inverse.reshape(-1) if isinstance(inverse, Tensor) else None
+    inverse_rows = inverse.reshape(-1).contiguous() if isinstance(inverse, Tensor) else None
     number = inverse if isinstance(inverse, float) else 1.0
-    head = (rows, weight, bias, low, up, tokens.reshape(-1), number, inverse_rows, softcap)
+    head = (rows, weight, bias, low, up, tokens, number, inverse_rows, softcap)
     return twin.LinearLogProbs.apply(*head, entropy, place)
 
 

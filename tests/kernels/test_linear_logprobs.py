@@ -380,6 +380,15 @@ def test_strides_and_expanded_gradients_do_not_matter(memory: str) -> None:
         close(a, b, 2e-6)
 
 
+def test_inputs_that_share_memory(path: str) -> None:
+    """One token, temperature and flag for all rows, with strides of 0; a bias that is a column of something."""
+    hidden, weight, _, _ = example(5)
+    bias, token = torch.randn(50, 3)[:, 1], torch.tensor(7)
+    temperature, mask = torch.tensor(0.7).expand(5), torch.tensor(True).expand(5)
+    logp = linear_logprobs(hidden, weight, token.expand(5), bias=bias, temperature=temperature, mask=mask).logp
+    close(logp, textbook(hidden, weight, bias, torch.full((5,), 7), 0.7)[0], 5e-6)
+
+
 def test_a_row_depends_on_no_other_row_nor_on_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels do; the products are exact here, however they are summed."""
     monkeypatch.setattr(twin(), "_CHUNK", 32)
