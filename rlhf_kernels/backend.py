@@ -27,9 +27,9 @@ import torch
 
 MODES = ("auto", "triton", "torch")
 
-_KERNELS = frozenset(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "_triton")]))
-
-_INSTALLED = importlib.util.find_spec("triton") is not None  # looked up, not imported
+# Looked up here, and not in a call, because torch.compile can trace no look-up.
+_KERNELS = frozenset(path.stem for path in (Path(__file__).parent / "_triton").glob("[!_]*.py"))
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 _mode: str | None = None
 
@@ -120,8 +120,8 @@ def interpreted() -> bool:
 
 
 def _triton_problem() -> str:
-    """Why triton cannot be used, or nothing."""
-    return "" if _INSTALLED else "triton is not installed: pip install triton"
+    """Why triton cannot be used, or nothing. The package was looked up, not imported."""
+    return "" if _TRITON_IS_INSTALLED else "triton is not installed: pip install triton"
 
 
 def _refuse_without_triton(asked: str) -> None:

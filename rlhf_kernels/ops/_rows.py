@@ -173,7 +173,7 @@ def kernel_temperature(inverse: float | Tensor | None, like: Tensor) -> tuple[fl
     """
     rows = like.shape[:-1].numel()
     if isinstance(inverse, Tensor):
-        return 1.0, inverse.reshape(rows)
+        return 1.0, inverse.reshape(rows).contiguous()
     if inverse is not None and torch.compiler.is_compiling():
         return 1.0, torch.ones(rows, device=like.device) * inverse
     return inverse or 1.0, None

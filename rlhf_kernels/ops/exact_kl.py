@@ -61,7 +61,7 @@ def _on_triton(logits_p: Tensor, logits_q: Tensor, inverse: float | Tensor | Non
         _rows.rows_first(logits_p),
         _rows.rows_first(logits_q),
         *_rows.kernel_temperature(inverse, logits_p),
-        None if mask is None else mask.reshape(-1),
+        None if mask is None else mask.reshape(-1).contiguous(),
     )
     kl = twin.operator(*arguments)[0] if torch.compiler.is_compiling() else twin.ExactKL.apply(*arguments)
     return kl.view(logits_p.shape[:-1])

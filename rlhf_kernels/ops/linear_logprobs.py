@@ -49,7 +49,7 @@ def linear_logprobs(
     nothing but -inf gives logp -inf, entropy 0 and gradient 0. The matrix product may round a row differently when
     the number of rows changes (on a CPU: of counted rows). On a GPU hidden and weight of one 16-bit dtype are
     multiplied on its tensor cores, anything else in float32. A double backward raises. Under torch.compile the logits
-    do exist.
+    do exist where torch runs it, not where Triton does.
 
     Raises IndexError for a counted token outside [0, V) on a CPU (on a GPU, and under torch.compile, its logp is
     NaN); ValueError for shapes or devices that do not match, a temperature or softcap that is not positive; TypeError
@@ -61,7 +61,7 @@ def linear_logprobs(
     dtype = _check.accumulation_dtype(*given)
     inverse = _rows.inverse_temperature(temperature, tokens.shape, mask, dtype)
     triton = backend.use_triton("linear_logprobs", *given)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not triton:
         return definition(_logits(hidden, weight, bias, lora, softcap, dtype), tokens, inverse, mask, entropy)
 
     vocabulary = weight.shape[0] if vocabulary_parallel is None else vocabulary_parallel.size
@@ -126,10 +126,22 @@ def _on_triton(
 ) -> tuple[Tensor, Tensor | None]:
     from rlhf_kernels._triton import linear_logprobs as twin
 
-    inverse_rows = inverse.reshape(-1) if isinstance(inverse, Tensor) else None
+    # The kernels read these as they lie in memory.
+    tokens, bias = tokens.reshape(-1).contiguous(), None if bias is None else bias.contiguous()
+    if torch.compiler.is_compiling():
+        from rlhf_kernels._triton import _linear_compiled
+
+        if inverse is not None and not isinstance(inverse, Tensor):
+            # A number would be a constant of what is compiled, and a new temperature a new compilation.
+            inverse = torch.ones_like(tokens, dtype=torch.float32) * inverse
+        inverse_rows = None if inverse is None else inverse.reshape(-1).contiguous()
+        arguments = (rows, weight, bias, low, up, tokens, inverse_rows, softcap, entropy)
+        logp, entropies, *_ = _linear_compiled.forward(*arguments)
+        return logp, entropies if entropy else None
+    inverse_rows = inverse.reshape(-1).contiguous() if isinstance(inverse, Tensor) else None
     number = inverse if isinstance(inverse, float) else 1.0
-    arguments = (rows, weight, bias, low, up, tokens.reshape(-1), number, inverse_rows, softcap, entropy, place)
-    return twin.LinearLogProbs.apply(*arguments)
+    head = (rows, weight, bias, low, up, tokens, number, inverse_rows, softcap)
+    return twin.LinearLogProbs.apply(*head, entropy, place)
 
 
 def _logits(
@@ -182,11 +194,11 @@ def _check_arguments(
     if mask is not None:
         _check.boolean_mask(mask, tokens.shape)
     if vocabulary_parallel is not None:
-        vocabulary_parallel.check(weight.shape[0])
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "vocabulary_parallel does not run under torch.compile: call it outside of what is compiled"
             )
+        vocabulary_parallel.check(weight.shape[0])
 
 
 def _check_lora(low: Tensor, up: Tensor, weight: Tensor) -> None:

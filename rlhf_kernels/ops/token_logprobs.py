@@ -100,9 +100,9 @@ def _on_triton(
     rows = logits.shape[:-1].numel()
     arguments = (
         _rows.rows_first(logits),
-        tokens.reshape(rows, tokens.shape[-1] if several else 1),
+        tokens.reshape(rows, tokens.shape[-1] if several else 1).contiguous(),
         *_rows.kernel_temperature(inverse, logits),
-        None if mask is None else mask.reshape(rows),
+        None if mask is None else mask.reshape(rows).contiguous(),
         entropy,
     )
     if torch.compiler.is_compiling():  # the compiler plans the memory itself: nothing is to be won in place
@@ -153,7 +153,7 @@ def inside_vocabulary(tokens: Tensor, vocabulary: int, mask: Tensor | None) -> t
     [0, vocabulary). On a CPU those raise IndexError; a GPU would have to wait for the answer."""
     if mask is not None:
         tokens = tokens.masked_fill(~mask, 0)
-    if _check.on_host(tokens):
+    if _check.on_host(tokens) and not torch.compiler.is_compiling():
         _check.token_ids(tokens, vocabulary)
         return tokens.long(), None
     outside = (tokens < 0) | (tokens >= vocabulary)

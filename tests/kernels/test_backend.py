@@ -112,7 +112,7 @@ def test_using_lasts_as_long_as_its_block(monkeypatch: pytest.MonkeyPatch) -> No
 def test_triton_is_refused_at_once_where_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="gae.* have no Triton kernel in this version"):
         backend.require("triton")
-    monkeypatch.setattr(backend, "_INSTALLED", False)
+    monkeypatch.setattr(backend, "_TRITON_IS_INSTALLED", False)
     with pytest.raises(RuntimeError, match="triton is not installed"), backend.using("triton"):
         raise AssertionError("the block must not run")
     with pytest.raises(RuntimeError, match="triton is not installed"):

@@ -252,6 +252,12 @@ def test_a_row_depends_on_no_other_row_and_on_no_run(vocabulary: int, path: str)
             assert torch.equal(a, b[rows])
 
 
+def test_inputs_that_share_memory(path: str) -> None:
+    p, q = example(5, 20)
+    mask, temperature = torch.tensor([True]).expand(5), torch.tensor([0.7]).expand(5)
+    close(exact_kl(p, q, mask=mask, temperature=temperature), textbook(p / 0.7, q / 0.7), 3e-6)
+
+
 def test_many_rows(path: str) -> None:
     p, q = example(70 if INTERPRETED and path == "triton" else 70_000, 5)
     close(exact_kl(p, q), textbook(p, q), 4e-6)

@@ -380,6 +380,15 @@ def test_strides_and_expanded_gradients_do_not_matter(memory: str) -> None:
         close(a, b, 2e-6)
 
 
+def test_inputs_that_share_memory(path: str) -> None:
+    """One token, temperature and flag for all rows, with strides of 0; a bias that is a column of something."""
+    hidden, weight, _, _ = example(5)
+    bias, token = torch.randn(50, 3)[:, 1], torch.tensor(7)
+    temperature, mask = torch.tensor(0.7).expand(5), torch.tensor(True).expand(5)
+    logp = linear_logprobs(hidden, weight, token.expand(5), bias=bias, temperature=temperature, mask=mask).logp
+    close(logp, textbook(hidden, weight, bias, torch.full((5,), 7), 0.7)[0], 5e-6)
+
+
 def test_a_row_depends_on_no_other_row_nor_on_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels do; the products are exact here, however they are summed."""
     monkeypatch.setattr(twin(), "_CHUNK", 32)
@@ -466,22 +475,39 @@ def test_no_host_sync_away_from_the_cpu() -> None:
     assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
 
 
-def test_compiles_as_one_graph() -> None:
+def compiled_example(hidden, weight, bias, lora, tokens, mask, temperature):
+    options = {"bias": bias, "lora": lora, "mask": mask, "temperature": temperature, "softcap": 5.0}
+    return linear_logprobs(hidden, weight, tokens, entropy=True, **options)
+
+
+def test_compiles_as_one_graph_and_not_again_for_new_sizes(path: str) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend  # which imports Triton
+
     torch._dynamo.reset()
+    count = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(compiled_example, fullgraph=True, backend=count)
+    for shape, temperature in (((2, 3), 0.7), ((3, 4), 0.8), ((4, 2), 1.3)):
+        hidden, weight, bias, tokens = example(*shape)
+        mask = torch.rand(shape) < 0.7
+        inputs = (hidden, weight, bias, *low_rank(weight))
+        results = []
+        for function in (compiled_example, compiled):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            outputs = function(*leaves[:3], tuple(leaves[3:]), tokens, mask, temperature)
+            results.append((*outputs, *gradients(outputs, torch.ones(2, *shape), leaves)))
+        for actual, expected in zip(*results, strict=True):
+            close(actual, expected, 1e-5)
+    assert count.frame_count <= 2
 
-    def call(hidden, weight, bias, tokens, mask):
-        return linear_logprobs(hidden, weight, tokens, bias=bias, mask=mask, temperature=0.7, softcap=5.0, entropy=True)
 
-    hidden, weight, bias, tokens = example(4, 6)
-    mask = torch.rand(4, 6) < 0.7
-    compiled = torch.compile(call, fullgraph=True, backend="eager")
-    results = []
-    for function in (call, compiled):
-        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-        outputs = function(*leaves, tokens, mask)
-        results.append((*outputs, *gradients(outputs, torch.ones(2, 4, 6), leaves)))
-    for actual, expected in zip(*results, strict=True):
-        close(actual, expected, 1e-5)
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+def test_compiled_an_id_outside_the_vocabulary_gives_nan(mode: str) -> None:
+    hidden, weight, _, tokens = example(3)
+    tokens[1] = 50
+    torch._dynamo.reset()
+    with backend.using(mode), torch.device("cuda" if mode == "triton" and not INTERPRETED else "cpu"):
+        logp = torch.compile(linear_logprobs, fullgraph=True, backend="eager")(hidden, weight, tokens).logp
+    assert logp.isnan().tolist() == [False, True, False]
 
 
 # ------------------------------------------------------------------------------------------------- errors

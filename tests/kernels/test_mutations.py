@@ -37,7 +37,10 @@ class Mutation:
         return f"tests/kernels/test_{name}.py", QUICK.format(path=path)
 
 
-QUICK = "{path} and (textbook or temperature or junk or several or unlikely or dtypes) and not (32000 or 129920 or 151936 or 262147)"
+QUICK = (
+    "{path} and (textbook or temperature or junk or several or unlikely or dtypes)"
+    + " and not (32000 or 129920 or 151936 or 262147)"
+)
 
 TRITON, TORCH = "rlhf_kernels/_triton/", "rlhf_kernels/ops/"
 MUTATIONS = [

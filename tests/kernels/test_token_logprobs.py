@@ -318,6 +318,16 @@ def strides_and_tiles_do_not_matter(shape, order, dtype, step, tile, seed) -> No
         assert torch.equal(a, b)
 
 
+def test_inputs_that_share_memory(path: str) -> None:
+    logits, _ = example(5, 20)
+    one, mask, temperature = torch.tensor([3]), torch.tensor([True]), torch.tensor([0.7])
+    for tokens in (one.expand(5), one.expand(5, 2)):
+        result = token_logprobs(logits, tokens, mask=mask.expand(5), temperature=temperature.expand(5), entropy=True)
+        logp, entropy = textbook(logits, one.repeat(5), 0.7)
+        close(result.logp.view(5, -1), logp[:, None].expand_as(result.logp.view(5, -1)), 2e-6)
+        close(result.entropy, entropy, 4e-6)
+
+
 @pytest.mark.parametrize("vocabulary", [5000, 33000])  # a single row beyond 32768 is one that torch sums in parts
 def test_a_row_depends_on_no_other_row(vocabulary: int, path: str) -> None:
     rows = 20 if INTERPRETED and path == "triton" else 300

@@ -179,3 +179,12 @@ def test_without_a_process_group_it_is_refused() -> None:
     hidden, weight, _, tokens = example(3)
     with pytest.raises(RuntimeError, match="init_process_group"):
         linear_logprobs(hidden, weight, tokens, vocabulary_parallel=VocabularySlice(start=0, size=50))
+
+
+def test_under_torch_compile_it_is_refused() -> None:
+    hidden, weight, _, tokens = example(3)
+    place = VocabularySlice(start=0, size=50)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: linear_logprobs(hidden, weight, tokens, vocabulary_parallel=place), fullgraph=True)
+    with pytest.raises(Exception, match="vocabulary_parallel does not run under torch.compile"):
+        compiled()
