@@ -20,10 +20,14 @@ def integer(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be an integer tensor, got {tensor.dtype}; convert it with .long()")
 
 
-def together(**tensors: Tensor) -> None:
-    """Raise TypeError for a DTensor, ValueError unless all tensors are on the device of the first one."""
+def together(**tensors: Tensor | float | None) -> None:
+    """Raise TypeError for a DTensor, ValueError unless all tensors (numbers and None aside) are on the device of the
+    first one, which is a tensor."""
     (first_name, first), *_ = tensors.items()
+    assert isinstance(first, Tensor)
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            continue
         if hasattr(tensor, "full_tensor"):
             raise TypeError(f"{name} is a DTensor, of which each process holds a part; pass {name}.full_tensor()")
         if tensor.device != first.device:

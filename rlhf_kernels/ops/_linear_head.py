@@ -152,7 +152,7 @@ def _figures(
             z.scatter_add_(-1, tokens[tile], -totals[-1])
     none = head.empty(rows, 1)
     own, total = _rows.joined(owns, none), _rows.joined(totals, none)
-    if not from_maximum and not bool(_rows.is_safe(total).all()):
+    if not from_maximum and not _rows.all_safe(total):
         return _figures(inputs, head, tokens, inverse, entropy, kept, from_maximum=True)
     shift = _rows.joined(shifts, none) if from_maximum else None
     return own, shift, total, _rows.joined(weighteds, none) if entropy else None

@@ -35,6 +35,7 @@ def exact_kl(
     shape = logits_p.shape[:-1]
     if mask is not None:
         _check.boolean_mask(mask, shape)
+    _check.together(logits_p=logits_p, logits_q=logits_q, mask=mask, temperature=temperature)
     dtype = _check.accumulation_dtype(logits_p, logits_q)
     inverse = _rows.inverse_temperature(temperature, shape, mask, dtype)
     if backend.use_triton("exact_kl", logits_p, logits_q):

@@ -175,7 +175,7 @@ def _check_arguments(
     _check.floating(hidden=hidden, weight=weight)
     _check.integer(tokens=tokens)
     others = {"bias": bias, "lora[0]": lora[0] if lora else None, "lora[1]": lora[1] if lora else None, "mask": mask}
-    _check.together(hidden=hidden, weight=weight, tokens=tokens, **{k: x for k, x in others.items() if x is not None})
+    _check.together(hidden=hidden, weight=weight, tokens=tokens, **others)
     if hidden.dim() == 0 or hidden.shape[:-1] != tokens.shape:
         raise ValueError(
             f"hidden has shape {list(hidden.shape)}, tokens {list(tokens.shape)}: expected hidden [..., H] with one "

@@ -48,6 +48,7 @@ def token_logprobs(
     NaN); ValueError for shapes that do not match or a temperature that is not positive; TypeError for wrong dtypes.
     """
     check_logits(logits, tokens, mask)
+    _check.together(logits=logits, tokens=tokens, mask=mask, temperature=temperature)
     dtype = _check.accumulation_dtype(logits)
     leading = logits.shape[:-1]
     inverse = _rows.inverse_temperature(temperature, leading, mask, dtype)
@@ -259,7 +260,7 @@ def _forward(
     total = _rows.joined(totals, none)
     entropies = _rows.joined(entropy_columns, none) if entropy else None
 
-    if shift is None and not bool(_rows.is_safe(total).all()):
+    if shift is None and not _rows.all_safe(total):
         shift = torch.zeros_like(total)
         _again_from_the_maximum(logits, inverse, masked, shift, total, entropies, tiles.rows)
     logp = own if shift is None else own - shift

@@ -318,6 +318,17 @@ def strides_and_tiles_do_not_matter(shape, order, dtype, step, tile, seed) -> No
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("path", ["triton"], indirect=True)
+def test_a_row_without_an_upstream_gradient_is_not_read(path: str) -> None:
+    logits, tokens = example(4, 30)
+    logits.requires_grad_()
+    result = token_logprobs(logits, tokens, entropy=True)
+    logits.data[1] = math.nan  # whoever read this row now would spread it
+    upstream = torch.tensor([1.0, 0.0, 0.0, 2.0])
+    torch.autograd.backward(result, (upstream, upstream / 2))
+    assert not logits.grad[1:3].any() and logits.grad[::3].isfinite().all() and logits.grad[::3].all()
+
+
 def test_inputs_that_share_memory(path: str) -> None:
     logits, _ = example(5, 20)
     one, mask, temperature = torch.tensor([3]), torch.tensor([True]), torch.tensor([0.7])
@@ -485,9 +496,16 @@ def test_a_device_answers_nan_where_it_cannot_raise(monkeypatch: pytest.MonkeyPa
         ({"temperature": torch.tensor([1.0, -2.0, 1.0])}, ValueError, "in every row, got -2.0"),
         ({"temperature": torch.ones(2)}, ValueError, r"temperature has shape \[2\]"),
         ({"temperature": torch.ones(3, requires_grad=True)}, ValueError, "temperature gets no gradient"),
+        (
+            {"tokens": torch.empty(3, dtype=torch.long, device="meta")},
+            ValueError,
+            "tokens is on meta, but logits on cpu",
+        ),
+        ({"mask": torch.empty(3, dtype=torch.bool, device="meta")}, ValueError, "mask is on meta, but logits on cpu"),
+        ({"temperature": torch.empty(3, device="meta")}, ValueError, "temperature is on meta, but logits on cpu"),
     ],
 )
-@pytest.mark.parametrize("path", ["host", "triton"], indirect=True)
+@pytest.mark.parametrize("path", ["host"] + ["triton"] * INTERPRETED, indirect=True)  # the tensors are on the CPU
 def test_bad_arguments(change: dict, error: type[Exception], message: str, path: str) -> None:
     arguments = {"logits": torch.zeros(3, 5), "tokens": torch.zeros(3, dtype=torch.long), **change}
     with pytest.raises(error, match=message):
