@@ -92,6 +92,11 @@ def log_softmax(x: Tensor, inverse: float | Tensor | None, out: Tensor) -> Tenso
     return torch.log_softmax(over_temperature(x, None, inverse, out), -1, out=out)
 
 
+def finite_maximum(x: Tensor) -> Tensor:
+    """The maximum of each row as a column, finite for a row of nothing but -inf, so that x - maximum is no NaN."""
+    return x.amax(-1, keepdim=True).clamp_(min=torch.finfo(x.dtype).min)
+
+
 def is_safe(total: Tensor) -> Tensor:
     """Whether a sum of exponentials that were shifted by nothing is as good as one shifted by the row's maximum."""
     return (total > _SAFE_SUM[0]) & (total < _SAFE_SUM[1])
