@@ -112,6 +112,12 @@ class Engine:
                 "rlhf_generate returned a response without tokens; every response needs at least one counted "
                 "token (its end token, if nothing else), or it cannot be scored or learned from"
             )
+        context, longest = getattr(self.models.policy, "context", None), int(_sequence(rollout)[1].sum(1).max())
+        if context is not None and longest > context:
+            raise ValueError(
+                f"a prompt and its response have {longest} tokens, and the policy's context is {context}: shorten the "
+                f"prompts, or response_length = {self.response_length}"
+            )
         group = torch.arange(len(prompts), device=rollout.tokens.device)
         return dataclasses.replace(rollout, group=group.repeat_interleave(samples))
 
@@ -121,6 +127,11 @@ class Engine:
 
         Rows for which a reward of non-zero weight abstains (NaN) are left out of what is returned.
         """
+        if int(rollout.group.max()) >= len(prompts):
+            raise ValueError(
+                f"the rollout answers at least {int(rollout.group.max()) + 1} prompts, and {len(prompts)} were given: "
+                "pass the prompts that generate() got"
+            )
         asked = [prompts[index] for index in rollout.group.tolist()]
         by_name, scores = self._rewards(rollout, asked)
         if self.missing_end_score is not None:

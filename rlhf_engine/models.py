@@ -142,3 +142,10 @@ class Models:
     critic: Critic | None = None
     reward_model: Critic | None = None
     device: torch.device = torch.device("cpu")
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.pad_id == self.tokenizer.end_id:
+            raise ValueError(
+                f"the tokenizer's pad_id and end_id are both {self.tokenizer.end_id}: padding could not be told from "
+                "the end of a text. Give it a pad token of its own."
+            )

@@ -27,6 +27,7 @@ class Finding:
     dtype: torch.dtype
     error: float
     allowed: float
+    raised: str = ""
 
     @property
     def right(self) -> bool:
@@ -35,7 +36,8 @@ class Finding:
     def __str__(self) -> str:
         verdict = "right" if self.right else "WRONG"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.operation:<20}{self.path:<8}{dtype:<10}{self.error:<10.1e}{verdict} (allowed {self.allowed:.0e})"
+        why = f"raised {self.raised}" if self.raised else f"allowed {self.allowed:.0e}"
+        return f"{self.operation:<20}{self.path:<8}{dtype:<10}{self.error:<10.1e}{verdict} ({why})"
 
 
 def selftest(device: torch.device | str | None = None) -> Iterator[Finding]:
@@ -46,12 +48,16 @@ def selftest(device: torch.device | str | None = None) -> Iterator[Finding]:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for operation in backend.operations():
         for dtype in ALLOWED:
-            expected = _results(operation, torch.float64, dtype, torch.device("cpu"))
-            actual = _results(operation, dtype, dtype, device)
             on_kernel = device.type == "cuda" and backend.has_kernel(operation) and backend.mode() != "torch"
+            path = "triton" if on_kernel else "torch"
+            try:
+                expected = _results(operation, torch.float64, dtype, torch.device("cpu"))
+                actual = _results(operation, dtype, dtype, device)
+            except Exception as error:  # whatever it is, the others are still to be checked
+                yield Finding(operation, path, dtype, math.inf, ALLOWED[dtype], raised=repr(error))
+                continue
             errors = [(_error(a, b), ALLOWED[a.dtype]) for a, b in zip(actual, expected, strict=True)]
-            worst = max(errors, key=lambda error: error[0] / error[1])
-            yield Finding(operation, "triton" if on_kernel else "torch", dtype, *worst)
+            yield Finding(operation, path, dtype, *max(errors, key=lambda error: error[0] / error[1]))
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

@@ -9,13 +9,20 @@ from torch import Tensor
 def floating(**tensors: Tensor) -> None:
     """Raise TypeError unless every tensor is floating-point. Pass the tensors under their argument names."""
     for name, tensor in tensors.items():
+        _tensor(name, tensor)
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}; convert it with .float()")
+
+
+def _tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def integer(**tensors: Tensor) -> None:
     """Raise TypeError unless every tensor holds integers (bool does not count)."""
     for name, tensor in tensors.items():
+        _tensor(name, tensor)
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError(f"{name} must be an integer tensor, got {tensor.dtype}; convert it with .long()")
 
@@ -47,6 +54,7 @@ def same_shape(**tensors: Tensor) -> None:
 
 def boolean_mask(mask: Tensor, shape: Sequence[int], name: str = "mask") -> None:
     """Raise unless the mask is boolean (TypeError) and has exactly this shape (ValueError)."""
+    _tensor(name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be a bool tensor (True = counts), got {mask.dtype}; use {name}.bool()")
     if mask.shape != tuple(shape):

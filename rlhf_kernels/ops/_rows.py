@@ -156,6 +156,8 @@ def inverse_temperature(
     because looking would make the host wait), that has a wrong shape, or that asks for a gradient.
     """
     if not isinstance(temperature, Tensor):
+        if not isinstance(temperature, int | float):
+            raise TypeError(f"temperature must be a number or a tensor, got {type(temperature).__name__}")
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         return None if temperature == 1 else 1 / temperature

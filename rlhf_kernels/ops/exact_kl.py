@@ -32,6 +32,8 @@ def exact_kl(
     _check.same_shape(logits_p=logits_p, logits_q=logits_q)
     if logits_p.dim() == 0:
         raise ValueError("logits_p and logits_q have no dimension, expected [..., V]")
+    if logits_p.shape[-1] == 0:
+        raise ValueError("logits_p and logits_q have an empty last dimension: there is no vocabulary")
     shape = logits_p.shape[:-1]
     if mask is not None:
         _check.boolean_mask(mask, shape)

@@ -189,8 +189,8 @@ def _check_arguments(
             raise ValueError(f"bias has shape {list(bias.shape)}, expected [{weight.shape[0]}], one per weight row")
     if lora is not None:
         _check_lora(*lora, weight)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}; None means no cap")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}; None means no cap")
     if mask is not None:
         _check.boolean_mask(mask, tokens.shape)
     if vocabulary_parallel is not None:

@@ -546,7 +546,8 @@ def test_a_counted_id_outside_the_vocabulary_raises(path: str) -> None:
         ({"tokens": torch.zeros(4, dtype=torch.long)}, ValueError, r"hidden has shape \[3, 4\], tokens \[4\]"),
         ({"weight": torch.zeros(4, 9)}, ValueError, r"weight has shape \[4, 9\], expected \[V, 4\]"),
         ({"bias": torch.zeros(4)}, ValueError, r"bias has shape \[4\], expected \[9\]"),
-        ({"softcap": 0.0}, ValueError, "softcap must be positive, got 0.0"),
+        ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, got 0.0"),
+        ({"softcap": math.inf}, ValueError, "softcap must be positive and finite, got inf"),
         ({"temperature": -1.0}, ValueError, "temperature must be positive and finite, got -1.0"),
         ({"mask": torch.ones(3, 4, dtype=torch.bool)}, ValueError, r"mask has shape \[3, 4\], expected \[3\]"),
         (

@@ -24,7 +24,10 @@ def test_a_wrong_operation_is_noticed(monkeypatch) -> None:
         logp, entropy = right(*arguments, **others)
         return LogProbs(logp.bfloat16().float() if arguments[0].dtype != torch.float64 else logp, entropy)
 
-    for wrong in (nan_where_there_is_a_number, rounds):
+    def raises(*arguments, **others):
+        raise RuntimeError("as asked")
+
+    for wrong in (nan_where_there_is_a_number, rounds, raises):
         monkeypatch.setattr(rlhf_kernels, "token_logprobs", wrong)
         faults = {f.operation for f in selftest.selftest("cpu") if not f.right}
         assert faults == {"token_logprobs"}, wrong
