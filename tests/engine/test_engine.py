@@ -220,6 +220,29 @@ def test_empty_prompts_and_responses_are_refused() -> None:
             engine(Constant(), Count(), Answers(rollout)).generate(PROMPTS[:2])
 
 
+def test_a_sequence_beyond_the_policys_context_is_refused() -> None:
+    models = toy_models()
+    models.policy.context = 9  # the longest prompt has 4 tokens, a response up to 6
+    with pytest.raises(ValueError, match="have 10 tokens, and the policy's context is 9.*response_length = 6"):
+        engine(models=models).generate([Prompt(text="defg")] * 40)
+    models.policy.context = 10
+    engine(models=models).generate([Prompt(text="defg")] * 40)
+
+
+def test_fewer_prompts_than_were_answered_are_refused() -> None:
+    made = engine()
+    rollout = made.generate(PROMPTS)
+    with pytest.raises(ValueError, match="answers at least 3 prompts, and 2 were given"):
+        made.score(rollout, PROMPTS[:2])
+
+
+def test_one_id_for_padding_and_end_is_refused() -> None:
+    tokenizer = ToyTokenizer()
+    tokenizer.pad_id = tokenizer.end_id
+    with pytest.raises(ValueError, match="pad_id and end_id are both.*a pad token of its own"):
+        Models(tokenizer=tokenizer)
+
+
 def test_a_generator_that_loses_prompts_is_refused() -> None:
     with pytest.raises(ValueError, match="rlhf_generate returned 2 responses to 6 prompts"):
         engine(Constant(), Count(), Answers(written(["a", "b"], ["a", "b"])), samples_per_prompt=2).generate(PROMPTS)

@@ -314,6 +314,7 @@ def test_compiles_as_one_graph(path: str) -> None:
         ({"mask": torch.ones(3)}, TypeError, "mask must be a bool tensor"),
         ({"mask": torch.ones(2, dtype=torch.bool)}, ValueError, r"mask has shape \[2\], expected \[3\]"),
         ({"temperature": 0.0}, ValueError, "temperature must be positive and finite"),
+        ({"logits_p": torch.zeros(3, 0), "logits_q": torch.zeros(3, 0)}, ValueError, "there is no vocabulary"),
         ({"logits_q": torch.zeros(3, 5, device="meta")}, ValueError, "logits_q is on meta, but logits_p on cpu"),
         ({"mask": torch.ones(3, dtype=torch.bool, device="meta")}, ValueError, "mask is on meta, but logits_p on cpu"),
     ],

@@ -488,6 +488,8 @@ def test_a_device_answers_nan_where_it_cannot_raise(monkeypatch: pytest.MonkeyPa
     [
         ({"logits": torch.zeros(3, 5, dtype=torch.long)}, TypeError, "logits must be a floating-point tensor"),
         ({"tokens": torch.zeros(3)}, TypeError, "tokens must be an integer tensor"),
+        ({"tokens": [0, 0, 0]}, TypeError, "tokens must be a tensor, got list"),
+        ({"temperature": "1"}, TypeError, "temperature must be a number or a tensor, got str"),
         ({"tokens": torch.zeros(4, dtype=torch.long)}, ValueError, r"logits have shape \[3, 5\], tokens \[4\]"),
         ({"mask": torch.ones(3)}, TypeError, "mask must be a bool tensor"),
         ({"mask": torch.ones(3, 1, dtype=torch.bool)}, ValueError, r"mask has shape \[3, 1\], expected \[3\]"),
