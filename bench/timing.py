@@ -52,7 +52,9 @@ def commit() -> str:
 def header() -> str:
     """Device, versions, commit and command: without them a figure cannot be repeated."""
     versions = "  ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
-    return f"device   {processor()}\nversions {versions}\ncommit   {commit()}\ncommand  {shlex.join(sys.argv)}"
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    command = [*(["python", "-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]]
+    return f"device   {processor()}\nversions {versions}\ncommit   {commit()}\ncommand  {shlex.join(command)}"
 
 
 def _seconds(step: Callable[[], object]) -> tuple[float, float]:

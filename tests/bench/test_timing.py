@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,13 +145,17 @@ def test_compare_prints_and_returns_what_it_measured(clock: Clock, capsys: pytes
 
 
 def test_the_header_names_device_versions_and_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench.py", "two words"])
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bench.py", "two words"])
+    main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "__spec__", SimpleNamespace(name="bench.bench_x"))
     device, versions, commit, command = header().splitlines()
     if not torch.cuda.is_available():
         assert device.endswith(f"{torch.get_num_threads()} thread(s)")
     assert f"torch {torch.__version__}" in versions
     assert commit.split()[0] == "commit"
-    assert command == "command  bench.py 'two words'"
+    assert command == "command  python -m bench.bench_x 'two words'"  # and no path of this machine
+    monkeypatch.setattr(main, "__spec__", None)
+    assert header().splitlines()[3] == "command  /somewhere/bench.py 'two words'"
 
 
 def test_a_distribution_that_is_not_there_is_absent() -> None:
