@@ -112,7 +112,7 @@ def all_safe(total: Tensor) -> bool:
 
 def sums(x: Tensor) -> Tensor:
     """The sum of each row as a column; a row's bits do not depend on how many others there are."""
-    if x.numel() == x.shape[-1] and _check.on_host(x):
+    if x.numel() == x.shape[-1] and x.is_cpu:
         # torch cuts the sum of a single long row into a part for each thread. Asked for two rows, it does not.
         return x.expand(2, *x.shape[1:]).sum(-1, keepdim=True)[:1]
     return x.sum(-1, keepdim=True)
