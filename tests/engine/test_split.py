@@ -22,15 +22,15 @@ def test_normalise_changes_nothing_that_is_normalised(text):
     assert normalise(normalise(text)) == normalise(text)
 
 
-# sha256 of "split 2: " and the normalised text over 2^256, worked out apart from this code.
+# sha256 of "split 3: " and the normalised text over 2^256, worked out apart from this code.
 @pytest.mark.parametrize(
     ("text", "position"),
     [
-        ("Very good.", 0.01361587300637505),
-        ("Seven", 0.05300087313467027),
-        ("Five", 0.14833490776148336),
-        ("Family fare.", 0.5328122459809369),
-        ("Spiderman ROCKS", 0.6596410970572224),
+        ("A bore.", 0.0014717893232898817),
+        ("Alien", 0.11447980842900332),
+        ("Too long.", 0.26750778699973626),
+        ("Family fare.", 0.6872218866053519),
+        ("Seven", 0.9260914195197661),
     ],
 )
 def test_part_is_the_same_on_every_machine(text, position):
@@ -40,7 +40,7 @@ def test_part_is_the_same_on_every_machine(text, position):
 
 
 def test_part_by_default():
-    texts = {"Seven": "heldout", "Five": "gold", "Family fare.": "train"}
+    texts = {"A bore.": "heldout", "Alien": "gold", "Family fare.": "train"}
     assert {text: part(text) for text in texts} == texts
 
 
