@@ -58,7 +58,12 @@ def merged(figures: Figures, scale: float | Tensor | None, place: VocabularySlic
     mine = torch.stack([x for x in figures if x is not None])
     everyone = mine.new_empty(dist.get_world_size(place.group), *mine.shape)
     dist.all_gather_into_tensor(everyone.flatten(0, 1), mine, group=place.group)
-    shifts, totals, *weighteds, owns = everyone.unbind(1)
+    return combined(everyone, scale)
+
+
+def combined(stacked: Tensor, scale: float | Tensor | None) -> Figures:
+    """The figures of all slices from those of each: stacked [slices, figures, ...]."""
+    shifts, totals, *weighteds, owns = stacked.unbind(1)
     shift = shifts.amax(0)
     apart = shifts - shift if scale is None else (shifts - shift) * scale
     apart = apart.clamp(min=_SMALLEST_LOG)
