@@ -30,14 +30,16 @@ def integer(**tensors: Tensor) -> None:
 def together(**tensors: Tensor | float | None) -> None:
     """Raise TypeError for a DTensor, ValueError unless all tensors (numbers and None aside) are on the device of the
     first one, which is a tensor."""
-    (first_name, first), *_ = tensors.items()
-    assert isinstance(first, Tensor)
+    first: Tensor | None = None
+    first_name = ""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             continue
         if hasattr(tensor, "full_tensor"):
             raise TypeError(f"{name} is a DTensor, of which each process holds a part; pass {name}.full_tensor()")
-        if tensor.device != first.device:
+        if first is None:
+            first_name, first = name, tensor
+        elif tensor.device != first.device:
             raise ValueError(f"{name} is on {tensor.device}, but {first_name} on {first.device}; move it there")
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor
 
 from rlhf_kernels.ops import _check
 
+Index = EllipsisType | slice | tuple[slice | Tensor, slice | Tensor]
+
 # A tile of float32 stays near the cores (2 MiB for each), and is large enough to hide the cost of starting its work.
 CPU_TILE_ELEMENTS_PER_THREAD = 2**19
 DEVICE_TILE_ELEMENTS = 2**26
-SMALLEST_TILE_ELEMENTS = 2**18
+SMALLEST_TILE_ELEMENTS = 2**20
 
 # Stands for log 0 where it meets a probability of 0: being finite, it makes the product 0.
 SMALLEST_LOG = -1e30
@@ -44,8 +47,11 @@ class Tiles:
         self.rows = max(1, min(budget, max(share, SMALLEST_TILE_ELEMENTS)) // max(1, x.shape[-1]))
         self._shape, self._dtype, self._device = x.shape, dtype, x.device
 
-    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+    def __iter__(self) -> Iterator[Index]:
         first_rows, second_rows, _ = self._shape
+        if self.is_one():
+            yield ...  # the cheapest index: small calls spend their time on such things
+            return
         step = max(1, self.rows // max(1, second_rows))
         for first in range(0, first_rows, step):
             for second in range(0, second_rows, self.rows):
@@ -53,8 +59,14 @@ class Tiles:
 
     def scratch(self) -> "Scratch":
         """Memory for one tile."""
+        if self.is_one():
+            return Scratch(torch.empty(self._shape, dtype=self._dtype, device=self._device))
         elements = min(self._shape.numel(), self.rows * self._shape[-1])
         return Scratch(torch.empty(elements, dtype=self._dtype, device=self._device))
+
+    def is_one(self) -> bool:
+        """Whether there is one tile, which is everything."""
+        return 0 < self._shape[0] * self._shape[1] <= self.rows
 
 
 class Scratch:
@@ -65,10 +77,10 @@ class Scratch:
 
     def like(self, tile: Tensor) -> Tensor:
         """The memory, holding anything, in the shape of this tile."""
-        return self._memory[: tile.numel()].view(tile.shape)
+        return self._memory if self._memory.shape == tile.shape else self._memory[: tile.numel()].view(tile.shape)
 
 
-def part(value: Any, tile: slice | tuple[slice | Tensor, slice | Tensor]) -> Any:
+def part(value: Any, tile: Index) -> Any:
     """The part of a per-row tensor that belongs to a tile; a number or None belongs to every tile."""
     return value[tile] if isinstance(value, Tensor) else value
 
@@ -133,10 +145,11 @@ def entropy_of(z: Tensor, exponential: Tensor, total: Tensor) -> Tensor:
 
 
 def joined(columns: list[Tensor], like: Tensor) -> Tensor:
-    """The columns of all tiles, in their order, in the shape of `like`."""
+    """The columns of all tiles, in their order, as one for the rows of `like`."""
     if len(columns) == 1:
         return columns[0]
-    return torch.cat([column.reshape(-1) for column in columns]).view(like.shape) if columns else like.clone()
+    shape = (*like.shape[:-1], 1)
+    return torch.cat([column.reshape(-1) for column in columns]).view(shape) if columns else like.new_empty(shape)
 
 
 def zero_rows(tile: Tensor, rows: Tensor) -> None:

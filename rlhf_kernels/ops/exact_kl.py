@@ -153,7 +153,7 @@ def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
     return log_p.clamp_(min=_rows.SMALLEST_LOG).sub_(log_q).clamp_(max=-_rows.SMALLEST_LOG)
 
 
-def _write(d: Tensor, still: Tensor | None, tile: tuple[slice, slice], gradient: Tensor) -> None:
+def _write(d: Tensor, still: Tensor | None, tile: _rows.Index, gradient: Tensor) -> None:
     if still is not None:
         _rows.zero_rows(d, still[tile])
     gradient[tile] = d

@@ -38,7 +38,8 @@ def token_logprobs(
 
     Results are in nats, logp in the shape of tokens, entropy [...], float32 (float64 for float64 logits), accumulated
     in that dtype. A logit of -inf has probability 0; a row of nothing but -inf gives logp -inf, entropy 0 and gradient
-    0. A row's result depends on no other row.
+    0. A row's result depends on no other row. Small inputs on a CPU (up to a million logits) keep their exponentials
+    for the backward pass, which becomes faster; larger ones, and all on a GPU, are computed again there.
 
     `inplace_backward=True` writes the gradient over the logits' storage: use it where nobody reads the logits after
     the backward pass. A second backward then raises. (Under torch.compile it changes nothing: the compiler plans the
@@ -85,7 +86,7 @@ def _on_torch(
     if rows.requires_grad and torch.is_grad_enabled():
         logp, entropies = _TokenLogProbs.apply(*arguments, inplace)
     else:
-        logp, entropies, *_ = _forward(*arguments)
+        logp, entropies, *_ = _forward(*arguments, keep=False)
     return (logp if outside is None else logp.masked_fill(outside.view(logp.shape), math.nan)), entropies
 
 
@@ -181,7 +182,7 @@ class _TokenLogProbs(torch.autograd.Function):
         entropy: bool,
         inplace: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        logp, entropies, *rest = _forward(logits, tokens, inverse, masked, entropy)
+        logp, entropies, ctx.kept, *rest = _forward(logits, tokens, inverse, masked, entropy, keep=not inplace)
         ctx.save_for_backward(logits, tokens, entropies, *rest)
         ctx.inverse, ctx.inplace, ctx.spent = inverse, inplace, False
         ctx.set_materialize_grads(False)
@@ -204,14 +205,18 @@ class _TokenLogProbs(torch.autograd.Function):
             log_scale = total.log() - entropies
 
         g_of_row = g if g.shape[-1] == 1 else g.sum(-1, keepdim=True)
+        kept, ctx.kept = ctx.kept, None  # it is written over here: a second backward computes it again
         own_memory = logits.dtype != dtype
         tiles = _rows.Tiles(logits, dtype, scratches=own_memory + (h is not None))
-        scratch = tiles.scratch() if own_memory else None
+        scratch = tiles.scratch() if own_memory and kept is None else None
         second = None if h is None else tiles.scratch()
-        gradient = logits.detach() if ctx.inplace else logits.new_empty(logits.shape)
+        if kept is not None and not own_memory:
+            gradient = kept
+        else:
+            gradient = logits.detach() if ctx.inplace else logits.new_empty(logits.shape)
         for tile in tiles:
             x, out = logits[tile], gradient[tile]
-            d = out if scratch is None else scratch.like(out)
+            d = kept[tile] if kept is not None else out if scratch is None else scratch.like(out)
             at = (_rows.part(shift, tile), _rows.part(inverse, tile))
             bracket = g_of_row[tile]
             if second is not None and h is not None and log_scale is not None:
@@ -219,7 +224,8 @@ class _TokenLogProbs(torch.autograd.Function):
                     _rows.over_temperature(x, *at, second.like(x)), log_scale[tile], out=second.like(x)
                 )
                 bracket = log_p_and_entropy.clamp_(min=_rows.SMALLEST_LOG).mul_(h[tile]).add_(bracket)
-            _rows.exponentials(x, *at, d)
+            if kept is None:
+                _rows.exponentials(x, *at, d)
             if h is None:
                 d.mul_(bracket / -total[tile])
             else:
@@ -227,26 +233,33 @@ class _TokenLogProbs(torch.autograd.Function):
             d.scatter_add_(-1, tokens[tile], g[tile])
             if still is not None:
                 _rows.zero_rows(d, still[tile])
-            if d is not out:
+            if own_memory:
                 out.copy_(d)
         return gradient, None, None, None, None, None
 
 
 def _forward(
-    logits: Tensor, tokens: Tensor, inverse: float | Tensor | None, masked: Tensor | None, entropy: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """logits [A, B, V], tokens [A, B, K], the rest [A, B, 1] -> logp, entropy; and for the backward pass shift (or 0),
-    total = sum_j exp((x_j - shift) / temperature), and which rows get no gradient: masked, or nothing but -inf.
+    logits: Tensor,
+    tokens: Tensor,
+    inverse: float | Tensor | None,
+    masked: Tensor | None,
+    entropy: bool,
+    *,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """logits [A, B, V], tokens [A, B, K], the rest [A, B, 1] -> logp, entropy; and for the backward pass the
+    exponentials (if `keep`, and one tile held them all), shift (or 0), total = sum_j exp((x_j - shift) / temperature),
+    and which rows get no gradient: masked, or nothing but -inf.
 
     On a CPU the exponentials are taken of the logits as they are, which saves the passes that find the maximum and
     subtract it. The few rows whose sum is then too large or too small for that start again, from their maximum.
     """
     dtype = _check.accumulation_dtype(logits)
     own = logits.gather(-1, tokens).to(dtype)
-    none = own.new_empty(*logits.shape[:-1], 1)
     shift = None if _check.on_host(logits) else _rows.finite_maximum(logits).to(dtype)
     tiles = _rows.Tiles(logits, dtype, scratches=1 + entropy)
     scratch, second = tiles.scratch(), tiles.scratch() if entropy else None
+    kept = scratch.like(logits) if keep and tiles.is_one() and _check.on_host(logits) else None
     totals, entropy_columns = [], []
     for tile in tiles:
         x, at = logits[tile], (_rows.part(shift, tile), _rows.part(inverse, tile))
@@ -257,12 +270,12 @@ def _forward(
         exponential = torch.exp(z, out=scratch.like(x))
         totals.append(_rows.sums(exponential))
         entropy_columns.append(_rows.entropy_of(z, exponential, totals[-1]))
-    total = _rows.joined(totals, none)
-    entropies = _rows.joined(entropy_columns, none) if entropy else None
+    total = _rows.joined(totals, own)
+    entropies = _rows.joined(entropy_columns, own) if entropy else None
 
     if shift is None and not _rows.all_safe(total):
         shift = torch.zeros_like(total)
-        _again_from_the_maximum(logits, inverse, masked, shift, total, entropies, tiles.rows)
+        _again_from_the_maximum(logits, inverse, masked, shift, total, entropies, kept, tiles.rows)
     logp = own if shift is None else own - shift
     logp = (logp if inverse is None else logp * inverse) - total.log()
     still = masked
@@ -274,7 +287,7 @@ def _forward(
         logp.masked_fill_(masked, 0)
         if entropies is not None:
             entropies.masked_fill_(masked, 0)
-    return logp, entropies, shift, total, still
+    return logp, entropies, kept, shift, total, still
 
 
 def _again_from_the_maximum(
@@ -284,9 +297,10 @@ def _again_from_the_maximum(
     shift: Tensor,
     total: Tensor,
     entropies: Tensor | None,
+    kept: Tensor | None,
     rows_at_once: int,
 ) -> None:
-    """Overwrite shift, total and entropies of the counted rows whose sum of exponentials is not safe."""
+    """Overwrite what is wrong of the counted rows whose sum of exponentials is not safe."""
     again = ~_rows.is_safe(total)
     if masked is not None:
         again &= ~masked
@@ -297,5 +311,7 @@ def _again_from_the_maximum(
         z = _rows.clamped(x, maximum, _rows.part(inverse, rows), x)
         exponential = z.exp()
         total[rows] = _rows.sums(exponential)
+        if kept is not None:
+            kept[rows] = exponential
         if entropies is not None:
             entropies[rows] = _rows.entropy_of(z, exponential, total[rows])

@@ -532,3 +532,33 @@ def test_memory_beside_the_logits(backward: bool, inplace: bool, allowed: float,
         return torch.autograd.grad(logp.sum(), logits) if backward else logp
 
     assert peak_growth(call) <= allowed * logits.numel() * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_what_is_kept_changes_no_bit(dtype: torch.dtype, entropy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first backward pass uses the kept exponentials, a second one, and one in small tiles, compute them again."""
+    logits = (torch.randn(3, 4, 50) * 3).to(dtype)
+    logits[0, 1] += 200  # its exponentials are too large to sum as they are
+    logits[1, 2] = -INF
+    tokens, mask = torch.randint(50, (3, 4)), torch.rand(3, 4) < 0.8
+    exps, real = [], torch.exp
+    monkeypatch.setattr(torch, "exp", lambda *a, **k: (exps.append(1), real(*a, **k))[1])
+
+    def gradients() -> tuple[Tensor, Tensor]:
+        leaf = logits.clone().requires_grad_()
+        result = token_logprobs(leaf, tokens, mask=mask, entropy=entropy, temperature=0.7)
+        total = sum(x.sum() for x in result if x is not None)
+        exps.clear()
+        first = torch.autograd.grad(total, leaf, retain_graph=True)[0]
+        kept.append(not exps)
+        return first, torch.autograd.grad(total, leaf)[0]
+
+    kept: list[bool] = []
+    whole = gradients()
+    monkeypatch.setattr(_rows, "SMALLEST_TILE_ELEMENTS", 100)
+    tiled = gradients()
+    assert kept == [True, False]
+    for other in (whole[1], *tiled):
+        assert other.equal(whole[0])
+    assert not whole[0][1, 2].any() and not whole[0][~mask].any() and whole[0].isfinite().all()
