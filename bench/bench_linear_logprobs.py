@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench import formulas
-from bench.timing import header, interleave, ratios
+from bench.timing import Verdict, interleave, print_verdicts, verdict
 from rlhf_kernels import linear_logprobs
 
 # Tokens, hidden size, vocabulary. The logits of the last one, 614 MiB, are more than ours keeps.
@@ -82,17 +82,12 @@ def error(case: Case, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> f
     return float((function(hidden, weight, tokens)[:8].double() - formulas.at_token(exact, tokens[:8])).abs().max())
 
 
-def measure(case: Case, rounds: int) -> tuple[str, float, dict[str, float]]:
-    """The fastest rival, its time over ours (paired, median), and the milliseconds of all (median wall time)."""
+def measure(case: Case, rounds: int) -> Verdict:
+    """Everybody's times, once ours is known to be right."""
     wrong = error(case, ours)
     if wrong > ALLOWED:
         raise AssertionError(f"{case}: ours is off by {wrong:.1e} nats, {ALLOWED:.0e} is allowed")
-    timings = interleave({name: step(case, function) for name, function in CONTESTANTS.items()}, rounds, warmup=1)
-    over_ours = {name: ratios(timings["ours"].wall, timing.wall)[0] for name, timing in timings.items()}
-    del over_ours["ours"]
-    best = min(over_ours, key=over_ours.__getitem__)
-    milliseconds = {name: 1e3 * sorted(timing.wall)[len(timing.wall) // 2] for name, timing in timings.items()}
-    return best, over_ours[best], milliseconds
+    return verdict(interleave({name: step(case, function) for name, function in CONTESTANTS.items()}, rounds, warmup=1))
 
 
 def cases(shapes: list[tuple[int, int, int]]) -> Iterator[Case]:
@@ -101,9 +96,9 @@ def cases(shapes: list[tuple[int, int, int]]) -> Iterator[Case]:
 
 @pytest.mark.parametrize("case", list(cases(SHAPES[:1])), ids=str)
 def test_linear_logprobs(case: Case, benchmark: object) -> None:
-    best, ratio, _ = measure(case, rounds=5)
+    found = measure(case, rounds=5)
     benchmark.group = str(case)  # type: ignore[attr-defined]
-    benchmark.extra_info["best rival over ours"] = f"{best}: {ratio:.2f}"  # type: ignore[attr-defined]
+    benchmark.extra_info["best rival over ours"] = f"{found.best}: {found.ratio:.2f}"  # type: ignore[attr-defined]
     benchmark(step(case, ours))  # type: ignore[operator]
 
 
@@ -111,14 +106,10 @@ def main() -> None:
     """Print a row for every case: milliseconds of each contestant, and the best rival's time over ours."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     torch.set_num_threads(2)
-    print(header())
-    print(f"rounds   {rounds}; milliseconds (median wall time); the last column is the best rival's time over ours\n")
-    print(f"| forward and backward | {' | '.join(CONTESTANTS)} | best rival / ours |")
-    print(f"|---|{'---|' * len(CONTESTANTS)}---|")
-    for case in cases(SHAPES):
-        best, ratio, milliseconds = measure(case, rounds)
-        columns = " | ".join(f"{milliseconds[name]:.1f}" for name in CONTESTANTS)
-        print(f"| {case} | {columns} | {ratio:.2f} ({best}) |", flush=True)
+    rows = ((case, measure(case, rounds)) for case in cases(SHAPES))
+    print_verdicts(
+        "forward and backward", CONTESTANTS, ((case, measure(case, rounds)) for case in cases(SHAPES)), rounds
+    )
     errors = {name: error(Case(SHAPES[1], torch.bfloat16), function) for name, function in CONTESTANTS.items()}
     print(f"\nlargest error in bfloat16, nats: {', '.join(f'{name} {value:.1e}' for name, value in errors.items())}")
 

@@ -1,7 +1,10 @@
 """Whole training steps beside other trainers', interleaved in one process.
 
-    make bench                                              GRPO and reward steps against TRL 1.16
-    python -m bench.bench_step grpo|reward|ppo [rounds]     one of them; ppo needs TRL 1.10 and so its own environment
+    make bench                                                    GRPO and reward steps against TRL 1.16
+    python -m bench.bench_step grpo|reward|ppo [rounds] [threads] one of them; ppo needs TRL 1.10, an environment apart
+
+One thread unless told otherwise: CPU seconds are then work. With more, a thread that waits for the others counts too,
+and models this small keep them waiting.
 
 PPO stands there twice: with a critic of its own, as TRL has it, and with a value head on the policy's trunk, which
 trains one network instead of TRL's two. That is less work, so its ratio is not one of like with like.
@@ -60,13 +63,17 @@ WANTED = {"grpo": 1.6, "reward": 1.0, "ppo": 2.0}
 
 @pytest.mark.parametrize("which", STEPS)
 def test_step(which: str, benchmark: object) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         steps = STEPS[which]()
+        beside_rival = against_rival(interleave(steps, rounds=5))
+        benchmark.extra_info["rival"] = beside_rival  # type: ignore[attr-defined]
+        benchmark.pedantic(steps["ours"], rounds=3, warmup_rounds=0)  # type: ignore[attr-defined]
     except ImportError as error:
         pytest.skip(str(error))
-    beside_rival = against_rival(interleave(steps, rounds=5))
-    benchmark.extra_info["rival"] = beside_rival  # type: ignore[attr-defined]
-    benchmark.pedantic(steps["ours"], rounds=3, warmup_rounds=0)  # type: ignore[attr-defined]
+    finally:
+        torch.set_num_threads(threads)
     print(f"\n{which}: {beside_rival}\nwanted {WANTED[which]}")
 
 
@@ -84,8 +91,9 @@ def against_rival(timings: dict[str, Timing]) -> str:
 
 def main() -> None:
     """Print the table of one step."""
-    which, rounds = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 10
-    torch.set_num_threads(2)
+    which, *numbers = sys.argv[1:]
+    rounds, threads = (*map(int, numbers), *(10, 1)[len(numbers) :])
+    torch.set_num_threads(threads)
     print(against_rival(compare(STEPS[which](), rounds=rounds)))
 
 

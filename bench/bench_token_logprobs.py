@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench import formulas
-from bench.timing import header, interleave, ratios
+from bench.timing import Verdict, interleave, print_verdicts, verdict
 from rlhf_kernels import token_logprobs
 
 SHAPES = [(4, 64, 1000), (64, 32, 384), (8, 128, 4096), (4, 128, 32_000), (2, 64, 151_936)]
@@ -101,24 +101,19 @@ def error(case: Case, function: Callable[..., tuple[Tensor, Tensor | None]]) -> 
     return float((function(logits, tokens, False)[0][:1].double() - exact).abs().max())
 
 
-def measure(case: Case, rounds: int) -> tuple[str, float, dict[str, float]]:
-    """The fastest rival, its time over ours (paired, median), and the milliseconds of all (median wall time)."""
+def measure(case: Case, rounds: int) -> Verdict:
+    """Everybody's times, once ours is known to be right."""
     wrong = error(case, ours)
     if wrong > ALLOWED:
         raise AssertionError(f"{case}: ours is off by {wrong:.1e} nats, {ALLOWED:.0e} is allowed")
-    timings = interleave({name: step(case, function) for name, function in CONTESTANTS.items()}, rounds)
-    over_ours = {name: ratios(timings["ours"].wall, timing.wall)[0] for name, timing in timings.items()}
-    del over_ours["ours"]
-    best = min(over_ours, key=over_ours.__getitem__)
-    milliseconds = {name: 1e3 * sorted(timing.wall)[len(timing.wall) // 2] for name, timing in timings.items()}
-    return best, over_ours[best], milliseconds
+    return verdict(interleave({name: step(case, function) for name, function in CONTESTANTS.items()}, rounds))
 
 
 @pytest.mark.parametrize("case", list(cases(SHAPES[:2])), ids=str)
 def test_token_logprobs(case: Case, benchmark: object) -> None:
-    best, ratio, _ = measure(case, rounds=15)
+    found = measure(case, rounds=15)
     benchmark.group = str(case)  # type: ignore[attr-defined]
-    benchmark.extra_info["best rival over ours"] = f"{best}: {ratio:.2f}"  # type: ignore[attr-defined]
+    benchmark.extra_info["best rival over ours"] = f"{found.best}: {found.ratio:.2f}"  # type: ignore[attr-defined]
     benchmark(step(case, ours))  # type: ignore[operator]
 
 
@@ -126,14 +121,10 @@ def main() -> None:
     """Print a row for every case: milliseconds of each contestant, and the best rival's time over ours."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
     torch.set_num_threads(2)
-    print(header())
-    print(f"rounds   {rounds}; milliseconds (median wall time); the last column is the best rival's time over ours\n")
-    names = list(CONTESTANTS)
-    print(f"| [B, T, V], dtype, mode | {' | '.join(names)} | best rival / ours |\n|---|{'---|' * len(names)}---|")
-    for case in cases(SHAPES):
-        best, ratio, milliseconds = measure(case, rounds)
-        columns = " | ".join(f"{milliseconds[name]:.2f}" for name in names)
-        print(f"| {case} | {columns} | {ratio:.2f} ({best}) |", flush=True)
+    rows = ((case, measure(case, rounds)) for case in cases(SHAPES))
+    print_verdicts(
+        "[B, T, V], dtype, mode", CONTESTANTS, ((case, measure(case, rounds)) for case in cases(SHAPES)), rounds
+    )
     errors = {
         name: error(Case(SHAPES[2], torch.bfloat16, MODES[0]), function) for name, function in CONTESTANTS.items()
     }
