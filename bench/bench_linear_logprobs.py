@@ -107,9 +107,7 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     torch.set_num_threads(2)
     rows = ((case, measure(case, rounds)) for case in cases(SHAPES))
-    print_verdicts(
-        "forward and backward", CONTESTANTS, ((case, measure(case, rounds)) for case in cases(SHAPES)), rounds
-    )
+    print_verdicts("forward and backward", CONTESTANTS, rows, rounds)
     errors = {name: error(Case(SHAPES[1], torch.bfloat16), function) for name, function in CONTESTANTS.items()}
     print(f"\nlargest error in bfloat16, nats: {', '.join(f'{name} {value:.1e}' for name, value in errors.items())}")
 

@@ -122,9 +122,7 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
     torch.set_num_threads(2)
     rows = ((case, measure(case, rounds)) for case in cases(SHAPES))
-    print_verdicts(
-        "[B, T, V], dtype, mode", CONTESTANTS, ((case, measure(case, rounds)) for case in cases(SHAPES)), rounds
-    )
+    print_verdicts("[B, T, V], dtype, mode", CONTESTANTS, rows, rounds)
     errors = {
         name: error(Case(SHAPES[2], torch.bfloat16, MODES[0]), function) for name, function in CONTESTANTS.items()
     }
