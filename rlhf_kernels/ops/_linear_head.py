@@ -16,6 +16,9 @@ from rlhf_kernels.ops import _check, _rows
 # Up to this size the exponentials of all logits are kept for the backward pass; larger ones are computed again.
 _KEPT_BYTES = 256 * 2**20
 
+# Picking rows copies them, so it has to save products of a quarter of them at least.
+_MOST_PICKED = 0.75
+
 # One block of logits: a matrix product wants both sides long; the passes over the block want it in the cache.
 _BLOCK_BYTES = 8 * 2**20
 _MOST_ROWS = 1024
@@ -259,14 +262,23 @@ class LinearLogProbs(torch.autograd.Function):
 
         Without h, d is total * (p - onehot), which was kept, times one number per row. That number goes to the small
         matrices, so that no pass over the large one is left beside the two products.
+
+        Rows that get no gradient (of zero advantage, clipped) are left out of the products, if there are enough.
         """
+        if grad_logp is None and grad_entropy is None:
+            return (None,) * 11
         hidden, weight, bias, low, up, tokens, kept, entropies, own, shift, total = ctx.saved_tensors
         empty, dtype = total == 0, total.dtype
         total = total.masked_fill(empty, 1)
         head = Head.of(weight, bias, up, ctx.softcap, ctx.place, dtype)
         inputs = [x.to(dtype) for x in (hidden, low) if x is not None]
         g, h = (_over_temperature(grad, empty, ctx.inverse) for grad in (grad_logp, grad_entropy))
-        blocks = _GradientBlocks(inputs, head, tokens, ctx.inverse, kept, entropies, own, shift, total, g, h)
+        rows = _with_gradient(g, h)
+        of_rows: tuple[Any, ...] = (tokens, ctx.inverse, kept, entropies, own, shift, total, g, h)
+        if rows is not None:
+            inputs = [x.index_select(0, rows) for x in inputs]
+            of_rows = tuple(x.index_select(0, rows) if isinstance(x, Tensor) else x for x in of_rows)
+        blocks = _GradientBlocks(inputs, head, *of_rows)
 
         asks_hidden, asks_weight, asks_bias, asks_low, asks_up, *_ = ctx.needs_input_grad
         ask_x, ask_w = (asks_hidden, asks_low), (asks_weight, asks_up)
@@ -274,13 +286,14 @@ class LinearLogProbs(torch.autograd.Function):
         grads_w = [torch.empty_like(m) if asks else None for m, asks in zip(head.matrices, ask_w, strict=False)]
         grad_bias = torch.zeros_like(head.bias) if asks_bias and head.bias is not None else None
         scaled = [None if grad is None else x * blocks.scale for x, grad in zip(inputs, grads_w, strict=True)]
-        memory = head.memory_of_a_piece(tokens.shape[0])
-        for piece in head.pieces(tokens.shape[0]):
+        count = blocks.scale.shape[0]
+        memory = head.memory_of_a_piece(count)
+        for piece in head.pieces(count):
             sums_w = [
                 None if grad is None else grad[piece.columns] if memory_w is None else memory_w[: piece.size]
                 for grad, memory_w in zip(grads_w, memory, strict=True)
             ]
-            for tile in _tiles(tokens.shape[0]):
+            for tile in _tiles(count):
                 d = blocks.block(piece, tile)
                 for grad, matrix in zip(grads_x, piece.matrices, strict=True):
                     if grad is not None:
@@ -293,9 +306,11 @@ class LinearLogProbs(torch.autograd.Function):
             for grad, sum_w in zip(grads_w, sums_w, strict=True):
                 if grad is not None and sum_w is not None and sum_w.dtype != grad.dtype:
                     grad[piece.columns] = sum_w
-        for grad in grads_x:
+        for i, grad in enumerate(grads_x):
             if grad is not None:
                 grad.mul_(blocks.scale)
+                if rows is not None:
+                    grads_x[i] = grad.new_zeros(tokens.shape[0], grad.shape[1]).index_copy_(0, rows, grad)
         sum_over(grads_x, ctx.place)
         (grad_hidden, *grad_low), (grad_weight, *grad_up) = grads_x, grads_w
         gradients = (grad_hidden, grad_weight, grad_bias, *(grad_low or [None]), *(grad_up or [None]))
@@ -311,6 +326,15 @@ def _over_temperature(grad: Tensor | None, empty: Tensor, inverse: float | Tenso
         return None
     grad = grad.masked_fill(empty, 0)
     return grad if inverse is None else grad * inverse
+
+
+def _with_gradient(*of_rows: Tensor | None) -> Tensor | None:
+    """The rows that a gradient comes from, where leaving the others out is worth picking these (None: it is not)."""
+    incoming = torch.cat([x for x in of_rows if x is not None], dim=1)
+    if not _check.on_host(incoming):
+        return None  # to count them the host would have to wait
+    rows = (incoming != 0).any(1).nonzero().squeeze(-1)
+    return rows if rows.numel() <= _MOST_PICKED * len(incoming) else None
 
 
 class _GradientBlocks:

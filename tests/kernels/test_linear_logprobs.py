@@ -212,6 +212,35 @@ def test_frozen_inputs_get_no_gradient_and_cost_no_product(memory: str, asks: st
     close(actual, wanted, 1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"entropy": True, "softcap": 4.0}], ids=str)
+@pytest.mark.parametrize("carrying", [0, 1, 6, 12, 13])
+def test_rows_without_a_gradient_take_part_in_no_product(
+    memory: str, carrying: int, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *leaves, tokens = example(13)
+    leaves = [x.requires_grad_() for x in leaves]
+    temperature = torch.rand(13) + 0.5
+    of_rows = (torch.arange(13).flip(0) < carrying).to(torch.float32)  # the last ones carry a gradient
+    outputs = [
+        x
+        for x in linear_logprobs(*leaves[:2], tokens, bias=leaves[2], temperature=temperature, **options)
+        if x is not None
+    ]
+    options = {key: value for key, value in options.items() if key == "softcap"}
+    expected = textbook(*leaves, tokens, temperature, **options)[: len(outputs)]
+    rows_of_products, real = set(), Tensor.addmm_
+    monkeypatch.setattr(
+        Tensor, "addmm_", lambda out, *a, **k: (rows_of_products.add(a[0].shape[0]), real(out, *a, **k))[1]
+    )
+    actual = gradients(outputs, of_rows.expand(len(outputs), -1), leaves)
+    monkeypatch.undo()
+    if memory in ("kept", "recomputed") and carrying == 1:
+        assert rows_of_products == {1, 7, 8}  # dX of one row; dW, of a piece of the vocabulary
+    for a, b in zip(actual, gradients(expected, of_rows.expand(len(outputs), -1), leaves), strict=True):
+        close(a, b, 2e-5)
+    assert not actual[0][: 13 - carrying].any()
+
+
 # --------------------------------------------------------------------------------------- a low-rank change
 
 
