@@ -112,14 +112,20 @@ class Engine:
                 "rlhf_generate returned a response without tokens; every response needs at least one counted "
                 "token (its end token, if nothing else), or it cannot be scored or learned from"
             )
-        context, longest = getattr(self.models.policy, "context", None), int(_sequence(rollout)[1].sum(1).max())
-        if context is not None and longest > context:
+        self._require_context(rollout)
+        group = torch.arange(len(prompts), device=rollout.tokens.device)
+        return dataclasses.replace(rollout, group=group.repeat_interleave(samples))
+
+    def _require_context(self, rollout: Rollout) -> None:
+        context = getattr(self.models.policy, "context", None)
+        if context is None:
+            return
+        longest = int((rollout.prompt_mask.sum(1) + rollout.mask.sum(1)).max())
+        if longest > context:
             raise ValueError(
                 f"a prompt and its response have {longest} tokens, and the policy's context is {context}: shorten the "
                 f"prompts, or response_length = {self.response_length}"
             )
-        group = torch.arange(len(prompts), device=rollout.tokens.device)
-        return dataclasses.replace(rollout, group=group.repeat_interleave(samples))
 
     @torch.no_grad()
     def score(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Scored:
