@@ -15,9 +15,9 @@ from rlhf_engine.batch import Split
 
 __all__ = ["normalise", "part"]
 
-# A third draw: while the demo's settings were chosen, figures on the held-out texts of the first two were looked at. On
+# The fourth draw: before the demo's settings were chosen, figures on what the first three hold out were looked at. On
 # this one nothing was chosen. Whoever tunes on what it holds out should count on once more.
-_SPLIT = b"split 3: "
+_SPLIT = b"split 4: "
 _NOT_LETTERS_OR_DIGITS = re.compile(r"[\W_]+")
 
 
@@ -34,7 +34,7 @@ def normalise(text: str) -> str:
 def part(text: str, *, heldout: float = 0.1, gold: float = 0.1) -> Split:
     """The split of a text: the first `heldout` of all texts, the next `gold`, and `train` for the rest.
 
-    The order is that of sha256 over "split 3: " and the normalised text, read as a number u in [0, 1): u < heldout is
+    The order is that of sha256 over "split 4: " and the normalised text, read as a number u in [0, 1): u < heldout is
     "heldout", u < heldout + gold is "gold". So `heldout` must be the same for data sets that may share texts,
     whereas `gold` may be 0 for one of them only if its texts occur in no gold part of another.
 

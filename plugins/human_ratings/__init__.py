@@ -19,7 +19,7 @@ from .ratings import FILES, RatedTexts, read_ratings
 
 __all__ = ["HumanRatings"]
 
-_SHORTEST_HELDOUT = 20
+_SHORTEST_HELDOUT = 24
 _HELDOUT_BLOCK = 16
 
 
@@ -33,7 +33,7 @@ class HumanRatings:
     a ceiling for a model.
 
     A text is held out by itself alone (`rlhf_engine.split.part`), as everywhere, and every pair has both its
-    texts in one split. Held-out texts of fewer than 20 letters and digits ("Refreshing.") are not used at all:
+    texts in one split. Held-out texts of fewer than 24 letters and digits ("Refreshing.") are not used at all:
     such a phrase stands inside texts that models train on.
     """
 

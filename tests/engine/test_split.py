@@ -22,15 +22,15 @@ def test_normalise_changes_nothing_that_is_normalised(text):
     assert normalise(normalise(text)) == normalise(text)
 
 
-# sha256 of "split 3: " and the normalised text over 2^256, worked out apart from this code.
+# sha256 of "split 4: " and the normalised text over 2^256, worked out apart from this code.
 @pytest.mark.parametrize(
     ("text", "position"),
     [
-        ("A bore.", 0.0014717893232898817),
-        ("Alien", 0.11447980842900332),
-        ("Too long.", 0.26750778699973626),
-        ("Family fare.", 0.6872218866053519),
-        ("Seven", 0.9260914195197661),
+        ("Great movie!", 0.0018302297310194991),
+        ("A bore.", 0.12633415733911563),
+        ("Watch it", 0.273470349706836),
+        ("Eight", 0.6865777058797394),
+        ("Seven", 0.7936583324409656),
     ],
 )
 def test_part_is_the_same_on_every_machine(text, position):
@@ -40,7 +40,7 @@ def test_part_is_the_same_on_every_machine(text, position):
 
 
 def test_part_by_default():
-    texts = {"A bore.": "heldout", "Alien": "gold", "Family fare.": "train"}
+    texts = {"Great movie!": "heldout", "A bore.": "gold", "Seven": "train"}
     assert {text: part(text) for text in texts} == texts
 
 

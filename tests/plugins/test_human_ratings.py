@@ -66,8 +66,8 @@ def test_an_epoch_is_all_pairs_of_one_block_after_another(human_ratings, rated):
     pairs = list(preferences(human_ratings, "train"))
     blocks = list(by_texts(pairs, 64))
     texts = [{text for pair in block for text in (pair.chosen, pair.rejected)} for block in blocks]
-    assert [len(block) for block in texts] == [64] * 149 + [16]
-    assert sum(map(len, texts)) == len(set().union(*texts)) == 9_552
+    assert [len(block) for block in texts] == [64] * 150 + [44]
+    assert sum(map(len, texts)) == len(set().union(*texts)) == 9_644
 
     assert min(pair.strength for pair in pairs) >= 0.5
     assert max(pair.strength for pair in pairs) <= 1 + 1e-12
@@ -97,12 +97,12 @@ def test_the_heldout_pairs_are_always_the_same(human_ratings, otherwise):
     assert list(preferences(otherwise, "heldout", seed=5, epoch=3)) == pairs
     texts = {text for pair in pairs for text in (pair.chosen, pair.rejected)}
     assert {part(text) for text in texts} == {"heldout"}
-    assert (len(texts), len(pairs)) == (1_022, 6_171)
+    assert (len(texts), len(pairs)) == (928, 5_641)
 
 
 def test_one_rater_agrees_with_the_heldout_pairs_nine_times_in_ten(human_ratings):
     strengths = [pair.strength for pair in preferences(human_ratings, "heldout")]
-    assert np.mean(strengths) == pytest.approx(0.902, abs=0.001)
+    assert np.mean(strengths) == pytest.approx(0.898, abs=0.001)
 
 
 def test_pairs_are_further_apart_than_the_margin(human_ratings, otherwise, rated):

