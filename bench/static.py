@@ -41,8 +41,18 @@ TARGETS = {
 MOST_REGISTERS = 80
 MOST_SHARED = 16 * 1024
 # The numbers that a kernel does not annotate. The sizes among them, such as 151,936, are multiples of 16.
-NUMBERS = {"inverse": "fp32", "softcap": "fp32", **dict.fromkeys(("vocabulary", "columns", "stride", "count", "programs"), "i32")}
-POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float64: "*fp64", torch.int64: "*i64", torch.bool: "*i1"}
+NUMBERS = {
+    "inverse": "fp32",
+    "softcap": "fp32",
+    **dict.fromkeys(("vocabulary", "columns", "stride", "count", "programs"), "i32"),
+}
+POINTER = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
 
 
 RESULT = Path(__file__).parent / "results" / "static.md"
@@ -231,7 +241,12 @@ def linear_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iter
 
 def masked_mean_cases(dtype: torch.dtype) -> Iterator[Case]:
     """x and its gradient in this dtype, and a mask of one byte."""
-    pointers = {"x": dtype, "gradient": dtype, "mask": torch.bool, **dict.fromkeys(("figures", "divisor"), torch.float64)}
+    pointers = {
+        "x": dtype,
+        "gradient": dtype,
+        "mask": torch.bool,
+        **dict.fromkeys(("figures", "divisor"), torch.float64),
+    }
     name, size = str(dtype).removeprefix("torch."), dtype.itemsize + 1
     for what, kernel, block in (
         ("forward", masked_mean.sums_kernel, _moments.BLOCK),

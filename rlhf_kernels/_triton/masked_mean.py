@@ -1,4 +1,4 @@
-"""The mean over the counted entries: one kernel for the sums of its programs, one for the mean; one for the gradient."""
+"""The mean over the counted entries: a kernel for the sums of its programs, one for the mean, one for the gradient."""
 
 from typing import Any
 

@@ -187,4 +187,5 @@ class MaskedWhiten(torch.autograd.Function):
     @staticmethod
     @_autograd.differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return backward(*ctx.saved_tensors, upstream, ctx.shift_mean), None, None, None, None
+        x, mask, statistics = ctx.saved_tensors
+        return backward(x, mask, statistics, upstream, ctx.shift_mean), None, None, None, None
