@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rlhf_kernels._triton import (
+    _groups,
     _mean,
     _moments,
     _rows,
@@ -29,6 +30,7 @@ from rlhf_kernels._triton import (
     masked_mean,
     masked_whiten,
     token_logprobs,
+    value_loss,
 )
 
 TARGETS = {
@@ -101,6 +103,8 @@ def cases() -> Iterator[Case]:
         yield from linear_logprobs_cases(dtype)
         yield from masked_mean_cases(dtype)
         yield from masked_whiten_cases(dtype)
+        yield from value_loss_cases(dtype)
+        yield from group_cases(dtype)
 
 
 def token_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iterator[Case]:
@@ -281,6 +285,36 @@ def masked_whiten_cases(dtype: torch.dtype) -> Iterator[Case]:
     ):
         label = f"masked_whiten {what} ({name})"
         yield case(label, kernel, pointers, constants, _rows.WARPS, moved=moved, least=moved)
+
+
+def value_loss_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Three tensors and the gradient in this dtype, and a mask of one byte."""
+    pointers = dict.fromkeys(("values", "old_values", "returns", "gradient"), dtype)
+    pointers |= {"mask": torch.bool, **dict.fromkeys(("figures", "divisor"), torch.float64)}
+    name, size, block = str(dtype).removeprefix("torch."), dtype.itemsize, {"BLOCK": _moments.BLOCK}
+    for what, kernel, moved in (
+        ("forward", value_loss.sums_kernel, 3 * size + 1),
+        ("backward", value_loss.gradient_kernel, 4 * size + 1),
+    ):
+        label = f"value_loss {what} ({name})"
+        yield case(label, kernel, pointers, block, _rows.WARPS, moved=moved, least=moved)
+
+
+def group_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """A group's rows lie anywhere, so that no access is wide."""
+    pointers = {"scores": dtype, **dict.fromkeys(("ordered", "order"), torch.int64)}
+    kinds = {"group_advantages": "std", "leave_one_out": "leave_one_out"}
+    for operation, kind in kinds.items():
+        yield case(
+            f"{operation} ({str(dtype).removeprefix('torch.')})",
+            _groups.groups_kernel,
+            pointers,
+            {"KIND": kind, "UNBIASED": True, "BLOCK": _groups.BLOCK},
+            _groups.WARPS,
+            moved=0,
+            least=0,
+            wide=False,
+        )
 
 
 def case(
