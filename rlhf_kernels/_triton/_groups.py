@@ -21,8 +21,8 @@ WARPS = 1
 def score_of(scores, order, at, end):
     """The scores at these places of the sorted rows, and whether there is one that did not abstain."""
     row = tl.load(order + at, mask=at < end, other=0)
-    score = tl.load(scores + row, mask=at < end, other=float("nan"))
-    return score, score == score
+    score = tl.load(scores + row, mask=at < end, other=0.0).to(tl.float32)
+    return score, (at < end) & (score == score)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -54,7 +54,7 @@ def groups_kernel(
         votes = tl.full([], 0, tl.int32)
         for start in range(first, end, BLOCK):
             score, voted = score_of(scores, order, start + lane, end)
-            lowest = tl.minimum(lowest, tl.min(tl.where(voted, score, float("inf")).to(tl.float32)))
+            lowest = tl.minimum(lowest, tl.min(tl.where(voted, score, float("inf"))))
             votes += tl.sum(voted.to(tl.int32))
         # Measured from the lowest one, equal scores are all 0, and no rounding can part them again.
         total = tl.full([], 0.0, tl.float64)
