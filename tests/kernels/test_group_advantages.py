@@ -39,7 +39,7 @@ def test_one_group_by_hand_as_in_the_textbook(path):
     unbiased=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_agrees_with_the_textbook(path, rows, scale, unbiased, dtype):
+def test_agrees_with_going_group_by_group(path, rows, scale, unbiased, dtype):
     assume(path != "triton" or dtype != torch.float64)
     scores, groups = [score for score, _ in rows], [group for _, group in rows]
     actual = group_advantages(
@@ -51,13 +51,12 @@ def test_agrees_with_the_textbook(path, rows, scale, unbiased, dtype):
     torch.testing.assert_close(actual.double(), expected, atol=absolute, rtol=relative)
 
 
-@pytest.mark.parametrize("score", [0.1, 1e-30, -7.3, 3.3333333, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_dtypes_equal_scores_give_exactly_zero(path, score, dtype):
+def test_dtypes_equal_scores_give_exactly_zero(path, dtype):
     if path == "triton" and dtype == torch.float64:
         pytest.skip("float64 runs on torch")
-    scores = torch.full((3 * 7,), score, dtype=dtype)
-    groups = torch.arange(7).repeat(3)
+    groups = torch.arange(10).repeat(3)
+    scores = torch.tensor([0.1, 1e-30, -7.3, 3.3333333, 1e30] * 2, dtype=torch.float64).to(dtype)[groups]
     assert not group_advantages(scores, groups, eps=1e-30).any()
 
 
@@ -91,8 +90,8 @@ def test_other_groups_change_no_bit(path):
 
 
 def test_groups_larger_than_several_blocks(path):
-    """Of 700, of exactly 256 (the kernel's block), of 512 and of 3 rows, mixed, with abstentions."""
-    groups = torch.repeat_interleave(torch.tensor([9, -4, 2**40, 0]), torch.tensor([700, 256, 512, 3]))
+    """Of 520, of exactly 256 (the kernel's block) and of 3 rows, mixed, with abstentions."""
+    groups = torch.repeat_interleave(torch.tensor([9, -4, 2**40]), torch.tensor([520, 256, 3]))
     groups = groups[torch.randperm(len(groups))]
     scores = torch.where(torch.rand(len(groups)) < 0.1, torch.nan, 50 + torch.randn(len(groups)))
     expected = torch.tensor(textbook(scores.tolist(), groups.tolist(), "std", 1e-4, True), dtype=torch.float64)

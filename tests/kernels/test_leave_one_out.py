@@ -18,7 +18,7 @@ def test_known_answers_of_the_textbook(path):
 @given(
     rows=st.lists(st.tuples(st.floats(-100, 100, width=32) | st.just(float("nan")), st.integers(-2, 2)), max_size=24)
 )
-def test_agrees_with_the_textbook(path, rows):
+def test_agrees_with_leaving_each_one_out(path, rows):
     expected = []
     for i, (score, group) in enumerate(rows):
         others = [s for j, (s, g) in enumerate(rows) if g == group and j != i and s == s]

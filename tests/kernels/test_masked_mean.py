@@ -13,7 +13,7 @@ from rlhf_kernels.ops.masked_mean import masked_mean
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     share=st.sampled_from([0.0, 0.5, 1.0]),
 )
-def test_agrees_with_the_textbook(path, seed, shape, dtype, share):
+def test_agrees_with_selecting(path, seed, shape, dtype, share):
     assume(path != "triton" or dtype != torch.float64)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -56,7 +56,10 @@ def test_the_gradient_of_micro_batches_is_that_of_the_whole(path):
     torch.testing.assert_close(whole.grad, mask * (3 / mask.sum()), atol=0, rtol=2e-7)
 
 
-def test_a_large_batch_of_several_programs_and_any_strides(path):
+@pytest.mark.parametrize("most_programs", [2, 512])
+def test_several_programs_and_any_strides(path, most_programs, monkeypatch):
+    if path == "triton":
+        monkeypatch.setattr("rlhf_kernels._triton._moments.MOST_PROGRAMS", most_programs)
     x = torch.randn(7, 5001)[:, 1:].t()
     mask = torch.rand(7, 1).lt(0.6).expand(7, 5000).t()
     x = torch.where(mask, x, torch.nan)

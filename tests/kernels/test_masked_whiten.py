@@ -41,7 +41,7 @@ def test_dtypes_a_large_mean_costs_no_digits(path, length, mean, dtype, toleranc
     unbiased=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.float16]),
 )
-def test_agrees_with_the_textbook(path, seed, shape, share, shift_mean, unbiased, dtype):
+def test_agrees_with_selecting(path, seed, shape, share, shift_mean, unbiased, dtype):
     assume(path != "triton" or dtype != torch.float64)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -80,6 +80,24 @@ def test_dtypes_and_the_gradient_with_junk_under_the_mask(path, dtype, options):
     assert gradient.dtype == dtype and not gradient[~mask].any()
     rounding = 2**-7 if dtype == torch.bfloat16 else 2e-7
     torch.testing.assert_close(gradient.double(), expected, atol=1e-7, rtol=rounding)
+
+
+@pytest.mark.parametrize("path", ["triton"], indirect=True)
+def test_several_blocks_for_each_of_two_programs(path, monkeypatch):
+    """As in a batch of millions: blocks of different means, and a last one that is not full."""
+    monkeypatch.setattr("rlhf_kernels._triton._moments.MOST_PROGRAMS", 2)
+    x, upstream = 1000 + 0.01 * torch.arange(11_000.0), torch.randn(11_000)
+    mask = torch.rand(11_000) < 0.8
+    exact = x.double().requires_grad_()
+    x = torch.where(mask, x, torch.nan).requires_grad_()
+    whitened = masked_whiten(x, mask)
+    with backend.using("torch"):
+        expected = masked_whiten(exact, mask)
+    torch.testing.assert_close(whitened.double(), expected, atol=2e-7, rtol=0)
+    (gradient,), (wanted,) = (
+        torch.autograd.grad(y, z, upstream.to(y.dtype)) for y, z in ((whitened, x), (expected, exact))
+    )
+    torch.testing.assert_close(gradient.double(), wanted, atol=1e-9, rtol=1e-6)
 
 
 @pytest.mark.parametrize("path", ["triton"], indirect=True)
