@@ -15,15 +15,15 @@ def masked_whiten(
     The variance is the mean squared distance from the mean (two passes, in float64), never E[x^2] - E[x]^2,
     which loses everything where the mean is large: 1000 + .01 k comes out right to the rounding of the result.
 
+    x gets a gradient, through mean and variance too; where the Triton kernels run (two launches forward, two
+    backward), a double backward raises.
+
     Args:
         x: any shape, floating.
         mask: bool of the same shape, True = counts.
         shift_mean: False adds the mean back, so that only the scale changes (OpenAI whitens rewards so).
         unbiased: divide the squared distances by count - 1, not by the count. One counted entry has variance 0.
         eps: added to the variance, in the squared unit of x; positive.
-
-    x gets a gradient, through mean and variance too; where the Triton kernels run (two launches forward, two
-    backward), a double backward raises.
 
     Returns:
         float32 (float64 for float64) of the shape of x, without unit (with the mean's unit if it is added back).
