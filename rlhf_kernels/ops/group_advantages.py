@@ -19,7 +19,9 @@ def group_advantages(
 
     The defaults are those of GRPO in TRL (sample standard deviation, eps 1e-4); verl has eps 1e-6, Dr.GRPO
     `scale="none"`. A group of one and a group of equal scores give exactly 0. A NaN score is an abstention: it
-    enters no statistic and its own advantage is 0. The results are targets, so they carry no gradient.
+    enters no statistic and its own advantage is 0. An infinite score leaves its own group without a finite answer.
+    The results are targets, so they carry no gradient. Equal calls give equal bits, and no group changes a bit of
+    another one. On Triton, torch's sort of the ids (a few launches) is followed by one launch.
 
     Args:
         scores: `[B]` floating, one score per sequence.
@@ -33,22 +35,34 @@ def group_advantages(
 
     Raises:
         TypeError: scores are not floating or groups not integers.
-        ValueError: the shapes differ or are not `[B]`, an unknown scale, or eps not positive.
+        ValueError: the shapes differ or are not `[B]`, devices that differ, an unknown scale, or eps not positive.
 
     Source: Shao et al. 2024, "DeepSeekMath" (GRPO); Liu et al. 2025, "Understanding R1-Zero-Like Training"
     (Dr.GRPO).
     """
-    backend.torch_only("group_advantages")
     if scale not in get_args(Scale):
         raise ValueError(f'scale must be "std" or "none", got {scale!r}')
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
-    centred, votes, group = centre_groups(scores, groups)
-    if scale == "none":
-        return centred.to(_check.accumulation_dtype(scores))
-    squares = torch.zeros_like(centred).index_add_(0, group, centred.square())
-    std = (squares[group] / (votes - int(unbiased)).clamp(min=1)).sqrt()
-    return (centred / (std + eps)).to(_check.accumulation_dtype(scores))
+    check_groups(scores, groups)
+    if backend.use_triton("group_advantages", scores) and not torch.compiler.is_compiling():
+        from rlhf_kernels._triton import group_advantages as twin
+
+        return twin.forward(scores, groups, scale, eps, unbiased)
+    centred, votes, squares = centre_groups(scores, groups)
+    if scale == "std":
+        centred = centred / ((squares / (votes - int(unbiased)).clamp(min=1)).sqrt() + eps)
+    return centred.to(_check.accumulation_dtype(scores))
+
+
+def check_groups(scores: Tensor, groups: Tensor) -> None:
+    """Raise TypeError or ValueError as `group_advantages` says."""
+    _check.floating(scores=scores)
+    _check.integer(groups=groups)
+    if scores.dim() != 1:
+        raise ValueError(f"scores must be [B], one per sequence, got shape {list(scores.shape)}")
+    _check.same_shape(scores=scores, groups=groups)
+    _check.together(scores=scores, groups=groups)
 
 
 class CentredGroups(NamedTuple):
@@ -58,30 +72,35 @@ class CentredGroups(NamedTuple):
     """float64: score minus the mean of its group; 0 for an abstention"""
     votes: Tensor
     """int64: how many sequences of the group did not abstain"""
-    group: Tensor
-    """int64: the group's number, counted from 0"""
+    squares: Tensor
+    """float64: the sum of the group's squared distances from its mean"""
 
 
 def centre_groups(scores: Tensor, groups: Tensor) -> CentredGroups:
     """Each score minus the mean of its group, in float64; equal scores give exactly 0.
 
-    Raises TypeError or ValueError as `group_advantages` says. No shape depends on the data, so nothing waits
-    for a device.
+    No shape depends on the data, so nothing waits for a device, and each group is added up on its own in the order of
+    its rows, so that no bit depends on the others or on chance.
     """
-    _check.floating(scores=scores)
-    _check.integer(groups=groups)
-    if scores.dim() != 1:
-        raise ValueError(f"scores must be [B], one per sequence, got shape {list(scores.shape)}")
-    _check.same_shape(scores=scores, groups=groups)
-    ordered, order = groups.sort()
+    ordered, order = groups.sort(stable=True)
     number = torch.zeros_like(order)
     number[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
-    group = torch.empty_like(order).scatter_(0, order, number)
+    sizes = torch.zeros_like(order).index_add_(0, number, torch.ones_like(order))
 
-    voted = ~scores.isnan()
+    def of_group(x: Tensor, reduce: Literal["sum", "min"]) -> Tensor:
+        # torch would wait for the device to look at the sizes, but for `unsafe`.
+        initial = {"sum": 0.0, "min": torch.inf}[reduce]
+        return torch.segment_reduce(x, reduce, lengths=sizes, unsafe=True, initial=initial)[number]
+
+    def unsorted(x: Tensor) -> Tensor:
+        return torch.empty_like(x).scatter_(0, order, x)
+
+    sorted_scores = scores[order].double()
+    voted = ~sorted_scores.isnan()
     # Measured from the group's lowest score, equal scores are all 0, and no rounding can part them again.
-    lowest = torch.full_like(scores, torch.inf).scatter_reduce_(0, group, torch.where(voted, scores, torch.inf), "amin")
-    height = torch.where(voted, scores.double() - lowest[group].double(), 0.0)
-    votes = torch.zeros_like(group).index_add_(0, group, voted.long())[group]
-    mean = torch.zeros_like(height).index_add_(0, group, height)[group] / votes.clamp(min=1)
-    return CentredGroups(torch.where(voted, height - mean, 0.0), votes, group)
+    lowest = of_group(torch.where(voted, sorted_scores, torch.inf), "min")
+    height = torch.where(voted, sorted_scores - lowest, 0.0)
+    votes = of_group(voted.double(), "sum")
+    centred = torch.where(voted, height - of_group(height, "sum") / votes.clamp(min=1), 0.0)
+    squares = of_group(centred.square(), "sum")
+    return CentredGroups(unsorted(centred), unsorted(votes.long()), unsorted(squares))

@@ -15,6 +15,9 @@ def masked_whiten(
     The variance is the mean squared distance from the mean (two passes, in float64), never E[x^2] - E[x]^2,
     which loses everything where the mean is large: 1000 + .01 k comes out right to the rounding of the result.
 
+    x gets a gradient, through mean and variance too; where the Triton kernels run (two launches forward, two
+    backward), a double backward raises.
+
     Args:
         x: any shape, floating.
         mask: bool of the same shape, True = counts.
@@ -27,15 +30,21 @@ def masked_whiten(
 
     Raises:
         TypeError: x is not floating or the mask is not bool.
-        ValueError: the shapes differ or eps is not positive.
+        ValueError: the shapes or devices differ, or eps is not positive.
 
     Source: `whiten` of OpenAI's lm-human-preferences (population variance, eps 1e-8).
     """
-    backend.torch_only("masked_whiten")
     _check.floating(x=x)
     _check.boolean_mask(mask, x.shape)
+    _check.together(x=x, mask=mask)
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
+    # torch.compile fuses the plain formula with what stands around it, which no kernel of ours can.
+    if backend.use_triton("masked_whiten", x) and not torch.compiler.is_compiling():
+        from rlhf_kernels._triton import masked_whiten as twin
+
+        answer: Tensor = twin.MaskedWhiten.apply(x.contiguous(), mask.contiguous(), shift_mean, unbiased, eps)
+        return answer
     counted = torch.where(mask, x, 0.0).double()
     count = mask.sum()
     mean = counted.sum() / count.clamp(min=1)

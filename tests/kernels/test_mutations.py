@@ -32,11 +32,18 @@ class Mutation:
     @property
     def tests(self) -> tuple[str, str]:
         """The test file, and the expression that picks from it."""
-        name = Path(self.file).stem.replace("_rows", "token_logprobs")
+        name = SHARED.get(Path(self.file).stem, Path(self.file).stem)
         path = self.path or ("triton" if "_triton" in self.file else "host")
         return f"tests/kernels/test_{name}.py", QUICK.format(path=path)
 
 
+# Whose tests notice a change to a file that several operations share.
+SHARED = {
+    "_rows": "token_logprobs",
+    "_moments": "masked_whiten",
+    "_mean": "masked_mean",
+    "_groups": "group_advantages",
+}
 QUICK = (
     "{path} and (textbook or temperature or junk or several or unlikely or dtypes)"
     + " and not (32000 or 129920 or 151936 or 262147)"
@@ -93,6 +100,24 @@ MUTATIONS = [
     ),
     Mutation(TORCH + "linear_logprobs.py", "no mask", "else x.masked_fill(~mask, 0)", "else x", path="triton"),
     Mutation(TRITON + "kl_estimate.py", "sign of the gradient", "(-value).to(ref_gradient", "value.to(ref_gradient"),
+    Mutation(TRITON + "_moments.py", "blocks of other means", "+ apart * apart * count_a * share", ""),
+    Mutation(TRITON + "masked_whiten.py", "the mean gets no gradient", "scale * upstream_mean", "0.0 * upstream_mean"),
+    Mutation(TRITON + "_mean.py", "0 over 0", "tl.where((count == 0) & (by == 0), 1.0, by)", "by"),
+    Mutation(TRITON + "_groups.py", "an abstention votes", "(at < end) & (score == score)", "at < end"),
+    Mutation(TRITON + "_groups.py", "only one block of a group", "while found == BLOCK:", "if True:"),
+    Mutation(
+        TORCH + "leave_one_out.py",
+        "relative to the mean of all",
+        "centred * votes / (votes - 1)",
+        "centred / (votes - votes)",
+    ),
+    Mutation(TRITON + "value_loss.py", "the smaller error", "tl.where(square < clipped", "tl.where(square > clipped"),
+    Mutation(
+        TORCH + "value_loss.py",
+        "junk comes back",
+        "values = torch.where(mask, values.to(dtype), 0.0)",
+        "values = values.to(dtype)",
+    ),
 ]
 
 
