@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlhf_kernels._triton import _rows, exact_kl, kl_estimate, linear_logprobs, token_logprobs
+from rlhf_kernels._triton import _rows, _scan, exact_kl, gae, kl_estimate, linear_logprobs, token_logprobs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,7 +31,10 @@ TARGETS = {
 MOST_REGISTERS = 80
 MOST_SHARED = 16 * 1024
 # The numbers that a kernel does not annotate. The sizes among them, such as 151,936, are multiples of 16.
-NUMBERS = {"inverse": "fp32", "softcap": "fp32", **dict.fromkeys(("vocabulary", "columns", "stride", "count"), "i32")}
+NUMBERS = {
+    **dict.fromkeys(("inverse", "softcap", "gamma", "lam"), "fp32"),
+    **dict.fromkeys(("vocabulary", "columns", "stride", "count"), "i32"),
+}
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.bool: "*i1"}
 
 
@@ -56,6 +59,8 @@ class Case:
     bytes_least: float
     wide: bool = True
     """whether its accesses must be 128 bits wide"""
+    warps_of_64: int | None = None
+    """where warps have 64 threads and the kernel then takes fewer of them"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ def cases() -> Iterator[Case]:
         yield from exact_kl_cases(dtype)
         yield from kl_estimate_cases(dtype)
         yield from linear_logprobs_cases(dtype)
+        yield from scan_cases(dtype)
 
 
 def token_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iterator[Case]:
@@ -217,6 +223,32 @@ def linear_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iter
         )
 
 
+def scan_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Dense and packed, as for few long sequences. Results are float32, and set how many tokens a thread has: it reads
+    64 bits of bfloat16. A packed sequence begins anywhere, so no access to it can be wide."""
+    name, size = str(dtype).removeprefix("torch."), dtype.itemsize
+    read = dict.fromkeys(("rewards", "values"), dtype)
+    pointers = {"mask": torch.bool, "cu_seqlens": torch.int64, **read}
+    of_64 = _scan.warps(hip=True)
+    for packed in (False, True):
+        layout = {"PACKED": packed, "ALIGNED": not packed, "BLOCK": _scan.BLOCK}
+        label = f"{name}{', packed' if packed else ''}"
+        for kind, kernel, flags, moved in (
+            ("gae", gae.kernel, {"VALUES": True, "BOOTSTRAP": True, "SUMMARY": False, "SPLIT": True}, 2 * size + 1 + 8),
+        ):
+            made = case(
+                f"{kind} ({label})",
+                kernel,
+                pointers,
+                {**flags, **layout},
+                _scan.warps(hip=False),
+                moved=moved,
+                least=moved,
+                wide=size == 4 and not packed,
+            )
+            yield replace(made, warps_of_64=of_64)
+
+
 def case(
     name: str,
     kernel: Any,
@@ -253,7 +285,8 @@ def compiled(case: Case, target: str) -> Row:
         constexprs={(names.index(name),): value for name, value in case.constants.items()},
         attrs={at: [["tt.divisibility", 16]] for at in aligned},
     )
-    made = triton.compile(source, target=TARGETS[target], options={"num_warps": case.warps})
+    warps = case.warps_of_64 if TARGETS[target].warp_size == 64 and case.warps_of_64 else case.warps
+    made = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
     if target.startswith("sm_"):
         registers, spills = resources_of_cubin(made.asm["cubin"])
         loads, stores = ptx_widths(made.asm["ptx"])

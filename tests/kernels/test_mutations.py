@@ -32,7 +32,7 @@ class Mutation:
     @property
     def tests(self) -> tuple[str, str]:
         """The test file, and the expression that picks from it."""
-        name = Path(self.file).stem.replace("_rows", "token_logprobs")
+        name = Path(self.file).stem.replace("_rows", "token_logprobs").replace("_scan", "gae")
         path = self.path or ("triton" if "_triton" in self.file else "host")
         return f"tests/kernels/test_{name}.py", QUICK.format(path=path)
 
@@ -92,6 +92,21 @@ MUTATIONS = [
         "((result.own - log_total) * inverse - result.shift)",
     ),
     Mutation(TORCH + "linear_logprobs.py", "no mask", "else x.masked_fill(~mask, 0)", "else x", path="triton"),
+    Mutation(TRITON + "gae.py", "no bootstrap", "BOOTSTRAP=bootstrap is not None", "BOOTSTRAP=False"),
+    Mutation(
+        TRITON + "gae.py", "masked tokens decay", "tl.where(counts, gamma * lam, 1.0)", "gamma * lam + 0.0 * reward"
+    ),
+    Mutation(
+        TRITON + "_scan.py", "left and right change places", "decay_l * term_r + term_l", "decay_r * term_l + term_r"
+    ),
+    Mutation(TRITON + "_scan.py", "no carry between pieces", "range(tiles - end)", "range(0)"),
+    Mutation(
+        TORCH + "_scan.py",
+        "a sequence takes from the next",
+        "else flow.masked_fill_(closed, 0.0)",
+        "else flow",
+        path="device",
+    ),
     Mutation(TRITON + "kl_estimate.py", "sign of the gradient", "(-value).to(ref_gradient", "value.to(ref_gradient"),
 ]
 
