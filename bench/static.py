@@ -19,7 +19,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlhf_kernels._triton import _rows, _scan, exact_kl, gae, kl_estimate, linear_logprobs, token_logprobs
+from rlhf_kernels._triton import (
+    _mean,
+    _moments,
+    _rows,
+    _scan,
+    exact_kl,
+    gae,
+    kl_estimate,
+    linear_logprobs,
+    masked_mean,
+    masked_whiten,
+    token_logprobs,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,9 +45,15 @@ MOST_SHARED = 16 * 1024
 # The numbers that a kernel does not annotate. The sizes among them, such as 151,936, are multiples of 16.
 NUMBERS = {
     **dict.fromkeys(("inverse", "softcap", "gamma", "lam"), "fp32"),
-    **dict.fromkeys(("vocabulary", "columns", "stride", "count"), "i32"),
+    **dict.fromkeys(("vocabulary", "columns", "stride", "count", "programs"), "i32"),
 }
-POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.bool: "*i1"}
+POINTER = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
 
 
 RESULT = Path(__file__).parent / "results" / "static.md"
@@ -84,6 +102,8 @@ def cases() -> Iterator[Case]:
         yield from exact_kl_cases(dtype)
         yield from kl_estimate_cases(dtype)
         yield from linear_logprobs_cases(dtype)
+        yield from masked_mean_cases(dtype)
+        yield from masked_whiten_cases(dtype)
         yield from scan_cases(dtype)
 
 
@@ -221,6 +241,50 @@ def linear_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iter
             moved=4 + dtype.itemsize,
             least=4 + dtype.itemsize,
         )
+
+
+def masked_mean_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """x and its gradient in this dtype, and a mask of one byte."""
+    pointers = {
+        "x": dtype,
+        "gradient": dtype,
+        "mask": torch.bool,
+        **dict.fromkeys(("figures", "divisor"), torch.float64),
+    }
+    name, size = str(dtype).removeprefix("torch."), dtype.itemsize + 1
+    for what, kernel, block in (
+        ("forward", masked_mean.sums_kernel, _moments.BLOCK),
+        ("backward", masked_mean.gradient_kernel, masked_mean.GRADIENT_BLOCK),
+    ):
+        label = f"masked_mean {what} ({name})"
+        yield case(label, kernel, pointers, {"BLOCK": block}, _rows.WARPS, moved=size, least=size)
+    yield case(
+        f"masked_mean end ({name})",
+        _mean.mean_kernel,
+        {**pointers, "normalizer": dtype},
+        {"BY": "tensor", "PROGRAMS": _moments.MOST_PROGRAMS},
+        _rows.WARPS,
+        moved=0,
+        least=0,
+        wide=False,
+    )
+
+
+def masked_whiten_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """x and its gradient in this dtype, the result and what comes back in float32, and a mask of one byte."""
+    figures = dict.fromkeys(("figures", "statistics"), torch.float64)
+    pointers = {"x": dtype, "gradient": dtype, "mask": torch.bool, **figures}
+    name, size = str(dtype).removeprefix("torch."), dtype.itemsize
+    block = {"BLOCK": _moments.BLOCK}
+    ending = {**block, "SHIFT_MEAN": False, "PROGRAMS": _moments.MOST_PROGRAMS}
+    for what, kernel, constants, moved in (
+        ("moments", masked_whiten.moments_kernel, block, size + 1),
+        ("forward", masked_whiten.whiten_kernel, {**ending, "UNBIASED": True}, size + 5),
+        ("gradient sums", masked_whiten.gradient_sums_kernel, block, size + 5),
+        ("backward", masked_whiten.gradient_kernel, ending, 2 * size + 5),
+    ):
+        label = f"masked_whiten {what} ({name})"
+        yield case(label, kernel, pointers, constants, _rows.WARPS, moved=moved, least=moved)
 
 
 def scan_cases(dtype: torch.dtype) -> Iterator[Case]:

@@ -17,34 +17,50 @@ def masked_mean(x: Tensor, mask: Tensor, *, normalizer: float | Tensor | None = 
     Args:
         x: any shape, floating; accumulated in float32, or float64 if it is float64.
         mask: bool of the same shape, True = counts.
-        normalizer: a positive number or a 0-d tensor; a tensor is never read by the host.
+        normalizer: a positive number or a 0-d tensor on the device of x, which the host never reads and which gets
+            no gradient.
 
     Returns:
-        A 0-d float32 tensor (float64 for float64), in the unit of x.
+        A 0-d float32 tensor (float64 for float64), in the unit of x. Where the Triton kernels run (two launches
+        forward, one backward), a double backward raises.
 
     Raises:
         TypeError: x is not floating or the mask is not bool.
-        ValueError: the shapes differ, or the normaliser is not positive or not 0-d.
+        ValueError: the shapes or devices differ, or the normaliser is not positive or not 0-d.
     """
-    backend.torch_only("masked_mean")
     _check.floating(x=x)
     _check.boolean_mask(mask, x.shape)
+    check_normalizer(normalizer)
+    _check.together(x=x, mask=mask, normalizer=normalizer)
+    # torch.compile fuses the plain formula with what stands around it, which no kernel of ours can.
+    if backend.use_triton("masked_mean", x) and not torch.compiler.is_compiling():
+        from rlhf_kernels._triton import masked_mean as twin
+
+        mean: Tensor = twin.MaskedMean.apply(x.contiguous(), mask.contiguous(), normalizer)
+        return mean
     total = torch.where(mask, x, 0.0).sum(dtype=_check.accumulation_dtype(x))
     return normalized(total, mask.sum(), normalizer)
+
+
+def check_normalizer(normalizer: float | Tensor | None) -> None:
+    """Raise ValueError for a number that is not positive, and for a tensor that is not 0-d."""
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0:
+            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}")
+    elif normalizer is not None and not normalizer > 0:
+        raise ValueError(f"normalizer must be positive, got {normalizer}; None divides by the local count")
 
 
 def normalized(total: Tensor, count: Tensor, normalizer: float | Tensor | None) -> Tensor:
     """`total / normalizer`, or `total / count` without one. An empty sum gives 0 whichever it is.
 
-    Raises ValueError for a number that is not positive and for a tensor that is not 0-d. A normaliser tensor
-    that is 0 although something counts gives inf or NaN.
+    Raises ValueError as `check_normalizer` does. A normaliser tensor that is 0 although something counts gives inf or
+    NaN.
     """
+    check_normalizer(normalizer)
     if normalizer is None:
         return total / count.clamp(min=1)
     if isinstance(normalizer, Tensor):
-        if normalizer.dim() != 0:
-            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}")
+        normalizer = normalizer.detach().to(total.dtype)
         return total / torch.where((count == 0) & (normalizer == 0), 1, normalizer)
-    if not normalizer > 0:
-        raise ValueError(f"normalizer must be positive, got {normalizer}; None divides by the local count")
     return total / normalizer

@@ -22,20 +22,29 @@ def masked_whiten(
         unbiased: divide the squared distances by count - 1, not by the count. One counted entry has variance 0.
         eps: added to the variance, in the squared unit of x; positive.
 
+    x gets a gradient, through mean and variance too; where the Triton kernels run (two launches forward, two
+    backward), a double backward raises.
+
     Returns:
         float32 (float64 for float64) of the shape of x, without unit (with the mean's unit if it is added back).
 
     Raises:
         TypeError: x is not floating or the mask is not bool.
-        ValueError: the shapes differ or eps is not positive.
+        ValueError: the shapes or devices differ, or eps is not positive.
 
     Source: `whiten` of OpenAI's lm-human-preferences (population variance, eps 1e-8).
     """
-    backend.torch_only("masked_whiten")
     _check.floating(x=x)
     _check.boolean_mask(mask, x.shape)
+    _check.together(x=x, mask=mask)
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
+    # torch.compile fuses the plain formula with what stands around it, which no kernel of ours can.
+    if backend.use_triton("masked_whiten", x) and not torch.compiler.is_compiling():
+        from rlhf_kernels._triton import masked_whiten as twin
+
+        answer: Tensor = twin.MaskedWhiten.apply(x.contiguous(), mask.contiguous(), shift_mean, unbiased, eps)
+        return answer
     counted = torch.where(mask, x, 0.0).double()
     count = mask.sum()
     mean = counted.sum() / count.clamp(min=1)
