@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# With so many threads each has 128 bits of float32 of a tile, and registers for four numbers of each token's map.
+# So many threads have 128 bits of float32 of a tile each, and registers for four numbers of each token's map. Where
+# rows may begin anywhere, no access is that wide; twice the threads need fewer registers each.
 BLOCK = 512
 THREADS = 128
 # Sequences fewer than this, about one for each multiprocessor, are cut into PROGRAMS pieces in all.
@@ -72,18 +73,16 @@ class Sequences:
             return [{"SUMMARY": False, "SPLIT": False}]
         return [{"SUMMARY": True, "SPLIT": False}, {"SUMMARY": False, "SPLIT": True}]
 
-    @property
-    def constants(self) -> dict[str, Any]:
-        return {
-            "PACKED": self.cu_seqlens is not None,
-            "BLOCK": BLOCK,
-            "num_warps": warps(hip=torch.version.hip is not None),
-        }
+    def constants(self, *read: Tensor | None) -> dict[str, Any]:
+        """Of a kernel that reads these tensors."""
+        aligned = self.aligned(*(x for x in read if x is not None))
+        number = warps(aligned=aligned, hip=torch.version.hip is not None)
+        return {"PACKED": self.cu_seqlens is not None, "ALIGNED": aligned, "BLOCK": BLOCK, "num_warps": number}
 
 
-def warps(*, hip: bool) -> int:
+def warps(*, aligned: bool, hip: bool) -> int:
     """AMD's have 64 threads."""
-    return THREADS // (64 if hip else 32)
+    return (THREADS if aligned else 2 * THREADS) // (64 if hip else 32)
 
 
 def unit_stride(x: Tensor) -> Tensor:

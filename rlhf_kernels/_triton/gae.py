@@ -47,6 +47,9 @@ def kernel(
     if VALUES:
         values += _scan.row_offset(row, first, stride_values, PACKED, ALIGNED)
     mask += _scan.row_offset(row, first, stride_mask, PACKED, ALIGNED)
+    returns += first
+    if VALUES:
+        advantages += first
     carry = 0.0
     if BOOTSTRAP:
         carry = gamma * tl.load(bootstrap + row).to(tl.float32)
@@ -55,8 +58,9 @@ def kernel(
 
     for back in range(end - start):
         tile = end - 1 - back
-        at = tile * BLOCK + tl.arange(0, BLOCK)
-        inside = at < length
+        within = tl.arange(0, BLOCK)
+        at = tile * BLOCK + within
+        inside = within < (length - tile * BLOCK).to(tl.int32)
         counts = tl.load(mask + at, mask=inside, other=0) != 0
         reward = tl.where(counts, tl.load(rewards + at, mask=inside, other=0.0).to(tl.float32), 0.0)
         passed = lam * reward
@@ -69,9 +73,9 @@ def kernel(
             tl.store(terms + slot + tile, whole_term)
         else:
             result = tl.where(counts, reward + tl.fma(decay, carry, term), 0.0)
-            tl.store(returns + first + at, result, mask=inside)
+            tl.store(returns + at, result, mask=inside)
             if VALUES:
-                tl.store(advantages + first + at, tl.where(counts, result - value, 0.0), mask=inside)
+                tl.store(advantages + at, tl.where(counts, result - value, 0.0), mask=inside)
             carry = tl.fma(whole_decay, carry, whole_term)
 
 
@@ -93,7 +97,7 @@ def forward(
     if not over.tokens:
         return advantages, returns
     decays, terms = over.summaries(), over.summaries()
-    read = [x for x in (rewards, values, mask) if x is not None]
+    constants = over.constants(rewards, values, mask)
     with _rows.device_of(mask):
         for flags in over.launches:
             kernel[(over.rows, over.pieces)](
@@ -115,9 +119,8 @@ def forward(
                 over.stride(mask),
                 VALUES=values is not None,
                 BOOTSTRAP=bootstrap is not None,
-                ALIGNED=over.aligned(*read),
                 **flags,
-                **over.constants,
+                **constants,
             )
     return advantages, returns
 

@@ -113,6 +113,10 @@ class Layout(NamedTuple):
             return 0.0
         return x.to(dtype)[:, None] if self.sequence is None else x.to(dtype)[self.sequence]
 
+    def at_end(self, x: Tensor) -> Tensor:
+        """For each token the entry of x at the end of its sequence."""
+        return x[:, -1:] if isinstance(self.end, int) else x[self.end - 1]
+
     def reaching(self, decay: Tensor, term: Tensor, at_end: Tensor | float) -> Tensor:
         """What reaches each token from its right, where a token makes `decay * x + term` of what reaches it, and
         `at_end` reaches the last one of each sequence."""

@@ -73,16 +73,43 @@ def gae(
         run = twin.operator if torch.compiler.is_compiling() else twin.forward
         return Advantages(*run(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam))
     dtype = _check.accumulation_dtype(rewards, values)
-    rewards, values = rewards.to(dtype), values.to(dtype)
-    if cu_seqlens is not None:
-        return _packed(rewards, values, mask, gamma, lam, bootstrap, cu_seqlens)
-    return Advantages(*_dense(rewards, values, mask, gamma, lam, bootstrap))
+    values, returns = lambda_returns(
+        rewards.to(dtype), values.to(dtype), mask, gamma=gamma, lam=lam, bootstrap=bootstrap, cu_seqlens=cu_seqlens
+    )
+    return Advantages(returns - values, returns)
 
 
-def _dense(
+def lambda_returns(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The values, 0 where masked, and the returns, on torch; all in the dtype of rewards and values, one for both."""
+    if cu_seqlens is None:
+        return _of_rows(rewards, values, mask, gamma, lam, bootstrap)
+    if rows := _scan.Rows.of(mask, cu_seqlens):
+        padded = rows.padded(rewards), rows.padded(values), rows.padded(mask)
+        values, returns = _of_rows(*padded, gamma, lam, bootstrap)
+        return rows.unpadded(values), rows.unpadded(returns)
+    # A token passes gamma * ((1 - lam) * V + lam * G) on to the counted token before it, which adds its reward.
+    layout = _scan.Layout.of(mask, cu_seqlens)
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    decay = torch.ones_like(rewards).masked_fill_(mask, gamma * lam)
+    reaching = layout.reaching(
+        decay, gamma * (lam * rewards + (1 - lam) * values), gamma * layout.of_each(bootstrap, rewards.dtype)
+    )
+    return values, torch.where(mask, rewards + reaching, 0.0)
+
+
+def _of_rows(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`[B, T]`, rewards and values in the accumulation dtype."""
+    """The same for `[B, T]`."""
     full, prefix = _look_at(mask)
     if full:
         terms = rewards.clone()
@@ -95,31 +122,7 @@ def _dense(
         order, packed_mask = _packing(mask)
         packed_terms, packed_values = (torch.zeros_like(x).scatter_(1, order, x) for x in (terms, values))
         returns = _lambda_returns(packed_terms, packed_values, packed_mask, gamma, lam, bootstrap).gather(1, order)
-    return returns - values, returns
-
-
-def _packed(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    gamma: float,
-    lam: float,
-    bootstrap: Tensor | None,
-    cu_seqlens: Tensor,
-) -> Advantages:
-    """As rows where that wastes little. Else in one scan, in which a token passes `gamma * ((1 - lam) * V + lam * G)`
-    on to the counted token before it, which adds its reward."""
-    if rows := _scan.Rows.of(mask, cu_seqlens):
-        dense = _dense(rows.padded(rewards), rows.padded(values), rows.padded(mask), gamma, lam, bootstrap)
-        return Advantages(rows.unpadded(dense[0]), rows.unpadded(dense[1]))
-    layout = _scan.Layout.of(mask, cu_seqlens)
-    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
-    decay = torch.ones_like(rewards).masked_fill_(mask, gamma * lam)
-    reaching = layout.reaching(
-        decay, gamma * (lam * rewards + (1 - lam) * values), gamma * layout.of_each(bootstrap, rewards.dtype)
-    )
-    returns = torch.where(mask, rewards + reaching, 0.0)
-    return Advantages(torch.where(mask, returns - values, 0.0), returns)
+    return values, returns
 
 
 def _look_at(mask: Tensor) -> tuple[bool, bool]:
