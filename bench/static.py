@@ -32,6 +32,7 @@ from rlhf_kernels._triton import (
     masked_whiten,
     shaped_gae,
     token_logprobs,
+    vtrace,
 )
 
 TARGETS = {
@@ -45,7 +46,7 @@ MOST_REGISTERS = 80
 MOST_SHARED = 16 * 1024
 # The numbers that a kernel does not annotate. The sizes among them, such as 151,936, are multiples of 16.
 NUMBERS = {
-    **dict.fromkeys(("inverse", "softcap", "gamma", "lam", "beta", "clip"), "fp32"),
+    **dict.fromkeys(("inverse", "softcap", "gamma", "lam", "beta", "clip", "rho_clip", "c_clip"), "fp32"),
     **dict.fromkeys(("vocabulary", "columns", "stride", "count", "programs", "tokens"), "i32"),
 }
 POINTER = {
@@ -293,13 +294,16 @@ def masked_whiten_cases(dtype: torch.dtype) -> Iterator[Case]:
 def scan_cases(dtype: torch.dtype) -> Iterator[Case]:
     """Dense and packed, as for few long sequences. Results are float32, and set how many tokens a thread has: it reads
     64 bits of bfloat16. A packed sequence begins anywhere, so no access to it can be wide; its kernels have twice the
-    warps, of which the 16 that then fit a multiprocessor at the least still have 13 KiB of loads in flight."""
+    warps, of which the 16 that then fit a multiprocessor at the least still have 13 KiB of loads in flight. vtrace does
+    two scans a tile, and may take as many registers."""
     name, size = str(dtype).removeprefix("torch."), dtype.itemsize
     tokens = dict.fromkeys(("rewards", "values"), dtype)
+    off_policy = {**tokens, **dict.fromkeys(("logp", "old_logp"), dtype)}
     shaped = {**dict.fromkeys(("logp", "ref_logp", "values"), dtype), "figures": torch.float64, "counting": torch.int32}
     kernels = (
         ("gae", gae.kernel, tokens, {"VALUES": True, "BOOTSTRAP": True}, 2 * size + 9),
         ("discounted_returns", gae.kernel, tokens, {"VALUES": False, "BOOTSTRAP": True}, size + 5),
+        ("vtrace", vtrace.kernel, off_policy, {"BOOTSTRAP": True}, 4 * size + 9),
         ("shaped_gae", shaped_gae.kernel, shaped, {"KIND": "k3", "VALUES": True, "WHITEN": True}, 3 * size + 17),
         ("returns_to_go", shaped_gae.kernel, shaped, {"KIND": "k3", "VALUES": False, "WHITEN": True}, 2 * size + 13),
     )
@@ -316,7 +320,7 @@ def scan_cases(dtype: torch.dtype) -> Iterator[Case]:
                 least=moved,
                 wide=size == 4 and not packed,
             )
-            most = MOST_REGISTERS if not packed else 96
+            most = 96 if packed or kind == "vtrace" else MOST_REGISTERS
             yield replace(made, warps_of_64=_scan.warps(aligned=not packed, hip=True), most_registers=most)
     yield case(
         f"shaped_gae whitening ({name})",

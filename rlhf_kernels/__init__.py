@@ -21,6 +21,7 @@ from rlhf_kernels.ops.returns_to_go import ShapedReturns, returns_to_go
 from rlhf_kernels.ops.shaped_gae import ShapedAdvantages, shaped_gae
 from rlhf_kernels.ops.token_logprobs import LogProbs, token_logprobs
 from rlhf_kernels.ops.value_loss import value_loss
+from rlhf_kernels.ops.vtrace import vtrace
 
 __all__ = [
     "Advantages",
@@ -44,4 +45,5 @@ __all__ = [
     "shaped_gae",
     "token_logprobs",
     "value_loss",
+    "vtrace",
 ]

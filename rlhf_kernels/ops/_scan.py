@@ -117,6 +117,14 @@ class Layout(NamedTuple):
         """For each token the entry of x at the end of its sequence."""
         return x[:, -1:] if isinstance(self.end, int) else x[self.end - 1]
 
+    def next_counted(self, x: Tensor, mask: Tensor, at_end: Tensor | float) -> Tensor:
+        """For each token the x of the next counted one of its sequence; `at_end` where none is left."""
+        length = mask.shape[-1]
+        place = torch.where(mask, torch.arange(length, device=mask.device), length)
+        following = torch.nn.functional.pad(place, (0, 1), value=length)[..., 1:].flip(-1).cummin(-1).values.flip(-1)
+        found = x.gather(-1, following.clamp(max=max(length - 1, 0)))
+        return torch.where(following < self.end, found, at_end)
+
     def reaching(self, decay: Tensor, term: Tensor, at_end: Tensor | float) -> Tensor:
         """What reaches each token from its right, where a token makes `decay * x + term` of what reaches it, and
         `at_end` reaches the last one of each sequence."""

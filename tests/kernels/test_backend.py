@@ -56,6 +56,7 @@ CALLS = {
     "gae": lambda f, x, i, m: f(x, x, x > 0),
     "shaped_gae": lambda f, x, i, m: f(x[0], x, x, x, x > 0, beta=0.1),
     "discounted_returns": lambda f, x, i, m: f(x, x > 0),
+    "vtrace": lambda f, x, i, m: f(x, x, x, x, x > 0),
     "returns_to_go": lambda f, x, i, m: f(x[0], x, x, x > 0, beta=0.1),
     "group_advantages": lambda f, x, i, m: f(x[0], i),
     "leave_one_out": lambda f, x, i, m: f(x[0], i),

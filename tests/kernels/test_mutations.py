@@ -107,6 +107,15 @@ MUTATIONS = [
         "else flow",
         path="device",
     ),
+    Mutation(TRITON + "shaped_gae.py", "the score is not clipped", "score > clip, clip", "score > clip, score"),
+    Mutation(TRITON + "shaped_gae.py", "a score in every piece", "passed_on == 0", "passed_on >= 0"),
+    Mutation(TRITON + "returns_to_go.py", "no discount", "beta, kind, gamma, 1.0", "beta, kind, 1.0, 1.0"),
+    Mutation(TRITON + "discounted_returns.py", "no bootstrap", "mask, bootstrap, cu", "mask, None, cu"),
+    Mutation(TRITON + "vtrace.py", "rho is not clipped", "ratio > rho_clip, rho_clip", "ratio > rho_clip, ratio"),
+    Mutation(TRITON + "vtrace.py", "the value beyond the piece is lost", "(found == 0)", "(found > 0)"),
+    Mutation(
+        TORCH + "vtrace.py", "advantages from V, not vs", "gamma * reaching - values", "gamma * next_value - values"
+    ),
     Mutation(TRITON + "kl_estimate.py", "sign of the gradient", "(-value).to(ref_gradient", "value.to(ref_gradient"),
 ]
 
