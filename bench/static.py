@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,17 @@ from rlhf_kernels._triton import (
     _mean,
     _moments,
     _rows,
+    _scan,
     exact_kl,
+    gae,
     kl_estimate,
     linear_logprobs,
     masked_mean,
     masked_whiten,
+    shaped_gae,
     token_logprobs,
     value_loss,
+    vtrace,
 )
 
 TARGETS = {
@@ -44,15 +48,15 @@ MOST_REGISTERS = 80
 MOST_SHARED = 16 * 1024
 # The numbers that a kernel does not annotate. The sizes among them, such as 151,936, are multiples of 16.
 NUMBERS = {
-    "inverse": "fp32",
-    "softcap": "fp32",
-    **dict.fromkeys(("vocabulary", "columns", "stride", "count", "programs"), "i32"),
+    **dict.fromkeys(("inverse", "softcap", "gamma", "lam", "beta", "clip", "rho_clip", "c_clip"), "fp32"),
+    **dict.fromkeys(("vocabulary", "columns", "stride", "count", "programs", "tokens"), "i32"),
 }
 POINTER = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float64: "*fp64",
     torch.int64: "*i64",
+    torch.int32: "*i32",
     torch.bool: "*i1",
 }
 
@@ -78,6 +82,9 @@ class Case:
     bytes_least: float
     wide: bool = True
     """whether its accesses must be 128 bits wide"""
+    warps_of_64: int | None = None
+    """where warps have 64 threads and the kernel then takes fewer of them"""
+    most_registers: int = MOST_REGISTERS
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ def cases() -> Iterator[Case]:
         yield from masked_whiten_cases(dtype)
         yield from value_loss_cases(dtype)
         yield from group_cases(dtype)
+        yield from scan_cases(dtype)
 
 
 def token_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iterator[Case]:
@@ -317,6 +325,48 @@ def group_cases(dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
+def scan_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Dense and packed, as for few long sequences. Results are float32, and set how many tokens a thread has: it reads
+    64 bits of bfloat16. A packed sequence begins anywhere, so no access to it can be wide; its kernels have twice the
+    warps, of which the 16 that then fit a multiprocessor at the least still have 13 KiB of loads in flight. vtrace does
+    two scans a tile, and may take as many registers."""
+    name, size = str(dtype).removeprefix("torch."), dtype.itemsize
+    tokens = dict.fromkeys(("rewards", "values"), dtype)
+    off_policy = {**tokens, **dict.fromkeys(("logp", "old_logp"), dtype)}
+    shaped = {**dict.fromkeys(("logp", "ref_logp", "values"), dtype), "figures": torch.float64, "counting": torch.int32}
+    kernels = (
+        ("gae", gae.kernel, tokens, {"VALUES": True, "BOOTSTRAP": True}, 2 * size + 9),
+        ("discounted_returns", gae.kernel, tokens, {"VALUES": False, "BOOTSTRAP": True}, size + 5),
+        ("vtrace", vtrace.kernel, off_policy, {"BOOTSTRAP": True}, 4 * size + 9),
+        ("shaped_gae", shaped_gae.kernel, shaped, {"KIND": "k3", "VALUES": True, "WHITEN": True}, 3 * size + 17),
+        ("returns_to_go", shaped_gae.kernel, shaped, {"KIND": "k3", "VALUES": False, "WHITEN": True}, 2 * size + 13),
+    )
+    for packed in (False, True):
+        layout = {"PACKED": packed, "ALIGNED": not packed, "BLOCK": _scan.BLOCK, "SUMMARY": False, "SPLIT": True}
+        for kind, kernel, pointers, flags, moved in kernels:
+            made = case(
+                f"{kind} ({name}{', packed' if packed else ''})",
+                kernel,
+                {"mask": torch.bool, "cu_seqlens": torch.int64, **pointers},
+                {**flags, **layout},
+                _scan.warps(aligned=not packed, hip=False),
+                moved=moved,
+                least=moved,
+                wide=size == 4 and not packed,
+            )
+            most = 96 if packed or kind == "vtrace" else MOST_REGISTERS
+            yield replace(made, warps_of_64=_scan.warps(aligned=not packed, hip=True), most_registers=most)
+    yield case(
+        f"shaped_gae whitening ({name})",
+        shaped_gae.whiten_kernel,
+        {"mask": torch.bool, "figures": torch.float64},
+        {"EPS": 1e-8, "COLUMNS": _moments.MOST_PROGRAMS, "BLOCK": _moments.BLOCK},
+        _rows.WARPS,
+        moved=9,
+        least=9,
+    )
+
+
 def case(
     name: str,
     kernel: Any,
@@ -353,7 +403,8 @@ def compiled(case: Case, target: str) -> Row:
         constexprs={(names.index(name),): value for name, value in case.constants.items()},
         attrs={at: [["tt.divisibility", 16]] for at in aligned},
     )
-    made = triton.compile(source, target=TARGETS[target], options={"num_warps": case.warps})
+    warps = case.warps_of_64 if TARGETS[target].warp_size == 64 and case.warps_of_64 else case.warps
+    made = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
     if target.startswith("sm_"):
         registers, spills = resources_of_cubin(made.asm["cubin"])
         loads, stores = ptx_widths(made.asm["ptx"])
@@ -373,8 +424,8 @@ def faults(row: Row) -> Iterator[str]:
     where = f"{row.case.name} on {row.target}"
     if row.spills:
         yield f"{where}: {row.spills} bytes of registers spilled to memory"
-    if row.registers > MOST_REGISTERS * (2 if row.target == "gfx942" else 1):
-        yield f"{where}: {row.registers} registers a thread, more than {MOST_REGISTERS}"
+    if row.registers > row.case.most_registers * (2 if row.target == "gfx942" else 1):
+        yield f"{where}: {row.registers} registers a thread, more than {row.case.most_registers}"
     if row.shared > MOST_SHARED:
         yield f"{where}: {row.shared} bytes of shared memory, more than {MOST_SHARED}"
     if row.case.wide and row.load_bits < 128:

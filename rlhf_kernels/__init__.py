@@ -6,6 +6,7 @@ operation means stands in its docstring, `rlhf_kernels/ops/<name>.py`. What runs
 """
 
 from rlhf_kernels._vocabulary_parallel import VocabularySlice
+from rlhf_kernels.ops.discounted_returns import discounted_returns
 from rlhf_kernels.ops.exact_kl import exact_kl
 from rlhf_kernels.ops.gae import Advantages, gae
 from rlhf_kernels.ops.group_advantages import group_advantages
@@ -16,16 +17,20 @@ from rlhf_kernels.ops.linear_policy_loss import linear_policy_loss
 from rlhf_kernels.ops.masked_mean import masked_mean
 from rlhf_kernels.ops.masked_whiten import masked_whiten
 from rlhf_kernels.ops.policy_loss import PolicyLoss, policy_loss
+from rlhf_kernels.ops.returns_to_go import ShapedReturns, returns_to_go
 from rlhf_kernels.ops.shaped_gae import ShapedAdvantages, shaped_gae
 from rlhf_kernels.ops.token_logprobs import LogProbs, token_logprobs
 from rlhf_kernels.ops.value_loss import value_loss
+from rlhf_kernels.ops.vtrace import vtrace
 
 __all__ = [
     "Advantages",
     "LogProbs",
     "PolicyLoss",
     "ShapedAdvantages",
+    "ShapedReturns",
     "VocabularySlice",
+    "discounted_returns",
     "exact_kl",
     "gae",
     "group_advantages",
@@ -36,7 +41,9 @@ __all__ = [
     "masked_mean",
     "masked_whiten",
     "policy_loss",
+    "returns_to_go",
     "shaped_gae",
     "token_logprobs",
     "value_loss",
+    "vtrace",
 ]

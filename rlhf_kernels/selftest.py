@@ -148,6 +148,14 @@ CALLS: dict[str, Callable[..., Any]] = {
         ),
         3,
     ),
+    "discounted_returns": _of_tokens(lambda r, mask: kernels.discounted_returns(r.detach(), mask, gamma=0.9), 1),
+    "vtrace": _of_tokens(
+        lambda r, v, a, b, mask: kernels.vtrace(r.detach(), v.detach(), a.detach(), b.detach(), mask, gamma=0.9), 4
+    ),
+    "returns_to_go": _of_tokens(
+        lambda a, b, mask: kernels.returns_to_go(a.detach()[:, 0], a.detach(), b.detach(), mask, beta=0.1, whiten=True),
+        2,
+    ),
     "policy_loss": _of_tokens(lambda a, b, adv, mask: kernels.policy_loss(a, b.detach(), adv.detach(), mask).loss, 3),
     "value_loss": _of_tokens(lambda a, b, returns, mask: kernels.value_loss(a, b.detach(), returns.detach(), mask), 3),
     "masked_mean": _of_tokens(lambda x, mask: kernels.masked_mean(x, mask), 1),

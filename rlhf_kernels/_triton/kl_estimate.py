@@ -28,6 +28,18 @@ def over_square(x):
 
 
 @triton.jit
+def estimate(d, KIND: tl.constexpr):
+    """The estimate for d = logp - ref_logp."""
+    if KIND == "k1":
+        value = d
+    elif KIND == "k2":
+        value = d * d / 2
+    else:
+        value = tl.where(tl.abs(d) < 1, d * d * over_square(-d), tl.exp(-d) - 1 + d)
+    return value
+
+
+@triton.jit
 def forward_kernel(
     logp,  # [count]
     ref_logp,  # [count]
@@ -40,13 +52,7 @@ def forward_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     d = tl.load(logp + at, mask=inside).to(tl.float32) - tl.load(ref_logp + at, mask=inside).to(tl.float32)
-    if KIND == "k1":
-        value = d
-    elif KIND == "k2":
-        value = d * d / 2
-    else:
-        value = tl.where(tl.abs(d) < 1, d * d * over_square(-d), tl.exp(-d) - 1 + d)
-    tl.store(out + at, value, mask=inside)
+    tl.store(out + at, estimate(d, KIND), mask=inside)
 
 
 @triton.jit

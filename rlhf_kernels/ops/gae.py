@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import backend
-from rlhf_kernels.ops import _check
+from rlhf_kernels.ops import _check, _scan
 
 _BLOCK = 32
 
 
 class Advantages(NamedTuple):
-    """Advantages and returns, both `[B, T]` and in the reward's unit; exactly 0 at masked positions."""
+    """Advantages and returns, in the shape of the rewards and in their unit; exactly 0 at masked positions."""
 
     advantages: Tensor
     returns: Tensor
@@ -28,6 +28,7 @@ def gae(
     gamma: float = 1.0,
     lam: float = 0.95,
     bootstrap: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Advantages:
     """Generalised advantage estimation: `A_t = delta_t + gamma * lam * A_t'` and `return_t = A_t + V_t`.
 
@@ -35,36 +36,85 @@ def gae(
     are skipped exactly: the counted tokens get what they would get with the holes cut out, whatever lies
     beneath the holes (NaN too). After a row's last counted token V is `bootstrap`, or 0 if the text ended there.
 
+    The returns are also the TD(lambda) returns: `G_t = r_t + gamma * ((1 - lam) * V_t' + lam * G_t')`.
+
     The results are targets, so they carry no gradient. On a CPU the mask is looked at: rows that are not plain
-    prefixes are packed first, which takes longer. Other devices always pack, so that nothing waits for them.
+    prefixes are packed first, which takes longer. Other devices never wait for the host. On the Triton path a row's
+    result depends on no other row; padding that moves where rows begin in memory may round its last bit otherwise.
 
     Args:
-        rewards: `[B, T]` floating, reward of each token.
-        values: `[B, T]` floating, the critic's value before each token, in the reward's unit.
-        mask: `[B, T]` bool, True = counts.
+        rewards: `[B, T]` floating, reward of each token; or `[N]`, sequences one after another, with cu_seqlens.
+        values: the same shape, floating: the critic's value before each token, in the reward's unit.
+        mask: the same shape, bool, True = counts.
         gamma: discount per counted token, in [0, 1].
         lam: lambda, in [0, 1]: 0 gives the TD residual, 1 the return minus the value.
-        bootstrap: `[B]` floating, value after the last counted token of a truncated row; None = terminal, 0.
+        bootstrap: `[B]` floating, value after the last counted token of a truncated row, 0 for one that ended there;
+            None = all ended. With cu_seqlens `[S]`.
+        cu_seqlens: `[S + 1]` integer, for packed input: sequence s is made of the tokens from cu_seqlens[s] up to
+            cu_seqlens[s + 1], from 0 to N in all. A sequence may be empty. Where a GPU's tensor says otherwise, which
+            would take waiting to see, nothing outside is read or written, and tokens of no sequence are undefined.
 
     Returns:
-        `[B, T]` float32 (float64 if rewards or values are), 0 where masked.
+        In the shape of rewards, float32 (float64 if rewards or values are), 0 where masked.
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: a shape does not fit, or gamma or lam lies outside [0, 1].
+        ValueError: a shape does not fit, gamma or lam lies outside [0, 1], or cu_seqlens does not run from 0 to N.
 
     Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation",
-    equations 11-16.
+    equations 11-16; TD(lambda): Sutton and Barto 2018, "Reinforcement Learning", equation 12.2.
     """
-    backend.torch_only("gae")
-    _check_arguments(rewards, values, mask, gamma, lam, bootstrap)
+    _scan.check_layout(cu_seqlens, bootstrap, rewards=rewards, values=values, mask=mask)
+    _scan.unit_interval(gamma=gamma, lam=lam)
+    floats = (rewards, values) if bootstrap is None else (rewards, values, bootstrap)
+    if backend.use_triton("gae", *floats):
+        from rlhf_kernels._triton import gae as twin
+
+        run = twin.operator if torch.compiler.is_compiling() else twin.forward
+        return Advantages(*run(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam))
     dtype = _check.accumulation_dtype(rewards, values)
-    rewards, values = rewards.to(dtype), values.to(dtype)
+    values, returns = lambda_returns(
+        rewards.to(dtype), values.to(dtype), mask, gamma=gamma, lam=lam, bootstrap=bootstrap, cu_seqlens=cu_seqlens
+    )
+    return Advantages(returns - values, returns)
+
+
+def lambda_returns(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The values, 0 where masked, and the returns, on torch; all in the dtype of rewards and values, one for both."""
+    if cu_seqlens is None:
+        return _of_rows(rewards, values, mask, gamma, lam, bootstrap)
+    if rows := _scan.Rows.of(mask, cu_seqlens):
+        padded = rows.padded(rewards), rows.padded(values), rows.padded(mask)
+        values, returns = _of_rows(*padded, gamma, lam, bootstrap)
+        return rows.unpadded(values), rows.unpadded(returns)
+    # A token passes gamma * ((1 - lam) * V + lam * G) on to the counted token before it, which adds its reward.
+    layout = _scan.Layout.of(mask, cu_seqlens)
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    decay = torch.ones_like(rewards).masked_fill_(mask, gamma * lam)
+    reaching = layout.reaching(
+        decay, gamma * (lam * rewards + (1 - lam) * values), gamma * layout.of_each(bootstrap, rewards.dtype)
+    )
+    return values, torch.where(mask, rewards + reaching, 0.0)
+
+
+def _of_rows(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same for `[B, T]`."""
     full, prefix = _look_at(mask)
     if full:
         terms = rewards.clone()
     else:
-        bits = mask.to(torch.int32 if dtype == torch.float32 else torch.int64).neg_()
+        bits = mask.to(torch.int32 if rewards.dtype == torch.float32 else torch.int64).neg_()
         terms, values = _zero_masked(rewards, bits), _zero_masked(values, bits)
     if prefix:
         returns = _lambda_returns(terms, values, mask, gamma, lam, bootstrap)
@@ -72,32 +122,12 @@ def gae(
         order, packed_mask = _packing(mask)
         packed_terms, packed_values = (torch.zeros_like(x).scatter_(1, order, x) for x in (terms, values))
         returns = _lambda_returns(packed_terms, packed_values, packed_mask, gamma, lam, bootstrap).gather(1, order)
-    return Advantages(returns - values, returns)
-
-
-def _check_arguments(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None
-) -> None:
-    _check.floating(rewards=rewards, values=values)
-    if rewards.dim() != 2:
-        raise ValueError(f"rewards must be [B, T], got shape {list(rewards.shape)}")
-    _check.same_shape(rewards=rewards, values=values)
-    _check.boolean_mask(mask, rewards.shape)
-    if not 0.0 <= gamma <= 1.0:
-        raise ValueError(f"gamma must be in [0, 1], got {gamma}")
-    if not 0.0 <= lam <= 1.0:
-        raise ValueError(f"lam must be in [0, 1], got {lam}")
-    if bootstrap is not None:
-        _check.floating(bootstrap=bootstrap)
-        if bootstrap.shape != rewards.shape[:1]:
-            raise ValueError(
-                f"bootstrap has shape {list(bootstrap.shape)}, expected [{len(rewards)}] (one value per row)"
-            )
+    return values, returns
 
 
 def _look_at(mask: Tensor) -> tuple[bool, bool]:
     """Whether every token counts, and whether in every row nothing counts after a masked position."""
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _check.on_host(mask) or torch.compiler.is_compiling():
         return False, False  # to look would wait for the device or break the graph; packing is right for any mask
     if mask.numel() == 0 or mask.view(torch.uint8).min():
         return True, True

@@ -55,6 +55,9 @@ CALLS = {
     "value_loss": lambda f, x, i, m: f(x[0], x[0], x[0], m),
     "gae": lambda f, x, i, m: f(x, x, x > 0),
     "shaped_gae": lambda f, x, i, m: f(x[0], x, x, x, x > 0, beta=0.1),
+    "discounted_returns": lambda f, x, i, m: f(x, x > 0),
+    "vtrace": lambda f, x, i, m: f(x, x, x, x, x > 0),
+    "returns_to_go": lambda f, x, i, m: f(x[0], x, x, x > 0, beta=0.1),
     "group_advantages": lambda f, x, i, m: f(x[0], i),
     "leave_one_out": lambda f, x, i, m: f(x[0], i),
     "masked_mean": lambda f, x, i, m: f(x[0], m),
@@ -110,6 +113,7 @@ def test_using_lasts_as_long_as_its_block(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_triton_is_refused_at_once_where_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_KERNELS", backend._KERNELS - {"gae"})
     with pytest.raises(RuntimeError, match="gae.* have no Triton kernel in this version"):
         backend.require("triton")
     monkeypatch.setattr(backend, "_TRITON_IS_INSTALLED", False)
@@ -136,6 +140,7 @@ def test_the_operations_are_the_public_functions() -> None:
 
 
 def test_the_report_says_what_runs_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_KERNELS", backend._KERNELS - {"gae"})
     report = backend.report()
     assert report.mode == "auto"
     assert report.versions["torch"] == metadata.version("torch")

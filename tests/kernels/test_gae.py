@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rlhf_kernels import backend
 from rlhf_kernels.ops.gae import gae
+from tests.kernels.packing import packed, unpacked
 
 # rlax's test of truncated generalised advantage estimation; the literals are good to 1e-3
 RLAX_REWARDS = [[0.0, 0.0, 1.0, 0.0, -0.5]]
@@ -48,7 +50,7 @@ def example(seed: int, rows: int, length: int, kind: str = "holes", dtype=torch.
 
 
 @pytest.mark.parametrize("lam", RLAX_ADVANTAGES)
-def test_rlax_literals(lam):
+def test_rlax_literals(lam, path):
     mask = torch.ones(1, 5, dtype=torch.bool)
     rewards, values, bootstrap = map(torch.tensor, (RLAX_REWARDS, RLAX_VALUES, RLAX_BOOTSTRAP))
     advantages, returns = gae(rewards, values, mask, gamma=0.99, lam=lam, bootstrap=bootstrap)
@@ -89,7 +91,7 @@ def test_agrees_with_the_recursion(seed, rows, length, kind, gamma, lam, truncat
 
 
 @pytest.mark.parametrize("kind", ["prefix", "suffix", "holes"])
-def test_junk_under_the_mask_changes_no_bit(kind):
+def test_junk_under_the_mask_changes_no_bit(kind, path):
     rewards, values, mask, bootstrap = example(1, 6, 50, kind)
     clean = gae(rewards, values, mask, bootstrap=bootstrap)
     for junk in (torch.nan, torch.inf, 3e38):
@@ -166,13 +168,13 @@ def test_a_reward_far_away_fades_like_a_power():
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
-def test_empty(shape):
+def test_empty(shape, path):
     empty = torch.zeros(shape)
     advantages, returns = gae(empty, empty, empty.bool(), bootstrap=torch.zeros(shape[0]))
     assert advantages.shape == returns.shape == shape
 
 
-def test_rows_without_a_counted_token_are_zero():
+def test_rows_without_a_counted_token_are_zero(path):
     nothing = torch.full((2, 40), torch.nan)
     advantages, returns = gae(nothing, nothing, torch.zeros(2, 40, dtype=torch.bool), bootstrap=nothing[:, 0])
     assert not advantages.any() and not returns.any()
@@ -186,7 +188,7 @@ def test_the_arguments_stay_as_they_were_and_get_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(before, (rewards, values, mask, bootstrap), strict=True))
 
 
-def test_any_strides():
+def test_any_strides(path):
     rewards, values, mask, _ = example(10, 1, 80, "prefix")
     wide = [x.expand(6, 80) for x in (rewards, values, mask)]
     tall = [x.expand(6, 80).t().contiguous().t() for x in (rewards, values, mask)]
@@ -195,10 +197,16 @@ def test_any_strides():
     assert torch.equal(gae(*tall).advantages, expected)
 
 
-def test_a_counted_nan_stays_in_its_row():
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+def test_a_counted_nan_stays_in_its_row(layout, path):
     rewards, values, mask, _ = example(11, 3, 80, "full")
     rewards[1, 40] = torch.nan
-    advantages = gae(rewards, values, mask).advantages
+    inputs = (rewards, values, mask)
+    if layout == "dense":
+        advantages = gae(*inputs).advantages
+    else:
+        flat, cu_seqlens = packed([80, 80, 80], *inputs)
+        advantages = gae(*flat, cu_seqlens=cu_seqlens).advantages.view(3, 80)
     assert advantages[1, :41].isnan().all()
     assert advantages[[0, 2]].isfinite().all()
 
@@ -229,6 +237,119 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(actual, expected, atol=2e-6, rtol=0)
 
 
+# ------------------------------------------------------------------------------- every path, dense and packed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["full", "prefix", "holes"])
+@pytest.mark.parametrize("few", [0, 128], ids=["whole", "pieces"])
+def test_textbook(dtype, kind, few, path, small_tiles, monkeypatch):
+    monkeypatch.setattr(small_tiles, "FEW", few)
+    rewards, values, mask, bootstrap = example(20, 3, 70, kind, dtype)
+    lengths = [70, 0, 33]
+    rewards[~mask], values[~mask] = torch.nan, torch.inf
+    inside = torch.arange(70) < torch.tensor(lengths)[:, None]
+    for end_values in (None, bootstrap):
+        expected = textbook(rewards, values, mask & inside, 0.99, 0.9, end_values)
+        flat, cu_seqlens = packed(lengths, rewards, values, mask)
+        options = {"gamma": 0.99, "lam": 0.9, "bootstrap": end_values}
+        dense = gae(rewards, values, mask & inside, **options)
+        one_dimensional = gae(*flat, cu_seqlens=cu_seqlens.int(), **options)
+        for theirs, ours, others in zip(expected, dense, one_dimensional, strict=True):
+            assert ours.dtype == others.dtype == torch.float32
+            torch.testing.assert_close(ours.double(), theirs, atol=4e-6, rtol=0)
+            torch.testing.assert_close(others.double(), theirs[inside], atol=4e-6, rtol=0)
+            assert not ours[~mask].any() and not others[~mask[inside]].any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    lengths=st.lists(st.integers(0, 40) | st.sampled_from([31, 32, 33, 64, 1100]), min_size=1, max_size=5),
+    gamma=st.sampled_from([1.0, 0.99, 0.0]) | st.floats(0, 1),
+    lam=st.sampled_from([1.0, 0.95, 0.0]) | st.floats(0, 1),
+    truncated=st.booleans(),
+)
+def test_packed_agrees_with_the_recursion(seed, lengths, gamma, lam, truncated):
+    rewards, values, mask, end_values = example(seed, len(lengths), max(lengths), "holes", torch.float64)
+    bootstrap = end_values if truncated else None
+    flat, cu_seqlens = packed(lengths, rewards, values, mask)
+    inside = unpacked(lengths, torch.ones(sum(lengths), dtype=torch.bool), max(lengths))
+    expected = textbook(rewards, values, mask & inside, gamma, lam, bootstrap)
+    actual = gae(*flat, gamma=gamma, lam=lam, bootstrap=bootstrap, cu_seqlens=cu_seqlens)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs.view(inside.shape)[inside], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("path", ["triton"], indirect=True)
+def test_on_triton_neither_pieces_nor_padding_nor_neighbours_change_a_bit(path, small_tiles, monkeypatch):
+    rewards, values, mask, bootstrap = inputs = example(21, 2, 40)
+    results = []
+    for few in (0, 128):
+        monkeypatch.setattr(small_tiles, "FEW", few)
+        padded = (torch.nn.functional.pad(x, (0, 21)) for x in inputs[:3])
+        flat, cu_seqlens = packed([40, 40], *inputs[:3])
+        alone = [gae(*(x[row] for x in inputs[:3]), bootstrap=bootstrap[row]) for row in ([0], [1])]
+        results += [
+            gae(rewards, values, mask, bootstrap=bootstrap).advantages,
+            gae(*padded, bootstrap=bootstrap).advantages[:, :40],
+            gae(*flat, bootstrap=bootstrap, cu_seqlens=cu_seqlens).advantages.view(2, 40),
+            torch.cat([one.advantages for one in alone]),
+        ]
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+def test_masked_junk_anywhere_is_as_if_it_were_not_there(path, small_tiles):
+    rewards, values, mask, bootstrap = example(22, 1, 200)
+    kept = mask[0]
+    whole = gae(rewards.masked_fill(~mask, torch.nan), values, mask, gamma=0.99, bootstrap=bootstrap)
+    alone = gae(rewards[:, kept], values[:, kept], mask[:, kept], gamma=0.99, bootstrap=bootstrap)
+    for ours, theirs in zip(whole, alone, strict=True):
+        torch.testing.assert_close(ours[:, kept], theirs, atol=2e-6, rtol=0)
+
+
+def test_what_underflows_weighs_nothing(path, small_tiles):
+    rewards, values, mask, _ = example(23, 1, 200, "full")
+    assert torch.finfo(torch.float32).smallest_normal > 0.5**200
+    expected, _ = textbook(rewards, values, mask, 1.0, 0.5)
+    flat, cu_seqlens = packed([200], rewards, values, mask)
+    dense, one_dimensional = gae(rewards, values, mask, lam=0.5), gae(*flat, lam=0.5, cu_seqlens=cu_seqlens)
+    for advantages in (dense.advantages[0], one_dimensional.advantages):
+        torch.testing.assert_close(advantages.double(), expected[0], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("lam", "tolerance"), [(0.95, 5e-6), (1.0, 2e-4)])
+def test_long_packed_sequences(lam, tolerance):
+    rewards, values, mask, _ = example(24, 2, 131_072, "holes")
+    expected, _ = textbook(rewards, values, mask, 1.0, lam)
+    flat, cu_seqlens = packed([131_072, 131_072], rewards, values, mask)
+    advantages = gae(*flat, lam=lam, cu_seqlens=cu_seqlens).advantages
+    torch.testing.assert_close(advantages.double().view(2, -1), expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("path", ["device", "triton"], indirect=True)
+def test_compiles_as_one_graph(path, small_tiles):
+    rewards, values, mask, bootstrap = example(25, 3, 20)
+    flat, cu_seqlens = packed([20, 20, 20], rewards, values, mask)
+    compiled = torch.compile(gae, fullgraph=True, backend="eager")
+    for inputs, packing in (((rewards, values, mask), None), (flat, cu_seqlens)):
+        expected = gae(*inputs, bootstrap=bootstrap, cu_seqlens=packing)
+        actual = compiled(*inputs, bootstrap=bootstrap, cu_seqlens=packing)
+        torch.testing.assert_close(actual, expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("lam", [0.95, 1.0])
+def test_long_rows_on_a_gpu(lam):
+    rewards, values, mask, bootstrap = (x.cuda() for x in example(26, 2, 131_072, "holes"))
+    with backend.using("torch"):
+        expected = gae(rewards.double(), values.double(), mask, lam=lam, bootstrap=bootstrap)
+    first, second = (gae(rewards, values, mask, lam=lam, bootstrap=bootstrap) for _ in range(2))
+    torch.testing.assert_close(first.advantages.double(), expected.advantages, atol=2e-4, rtol=0)
+    assert torch.equal(first.advantages, second.advantages)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["full", "prefix", "suffix", "holes"])
@@ -243,6 +364,8 @@ def test_on_a_gpu(kind):
 
 FLAT = torch.zeros(2, 3)
 MASK = FLAT.bool()
+ROW = (FLAT[0], FLAT[0], MASK[0])
+ENDS = torch.tensor([0, 2, 3])
 
 
 @pytest.mark.parametrize(
@@ -258,6 +381,14 @@ MASK = FLAT.bool()
         (ValueError, "lam must be in", (FLAT, FLAT, MASK), {"lam": float("nan")}),
         (ValueError, r"bootstrap has shape \[3\], expected \[2\]", (FLAT, FLAT, MASK), {"bootstrap": FLAT[0]}),
         (TypeError, "bootstrap must be a floating", (FLAT, FLAT, MASK), {"bootstrap": FLAT[:, 0].long()}),
+        (ValueError, r"rewards must be \[N\]", (FLAT, FLAT, MASK), {"cu_seqlens": ENDS}),
+        (TypeError, "cu_seqlens must be an integer", (*ROW,), {"cu_seqlens": ENDS.float()}),
+        (ValueError, r"cu_seqlens must be \[S \+ 1\]", (*ROW,), {"cu_seqlens": ENDS[None]}),
+        (ValueError, r"cu_seqlens must be \[S \+ 1\]", (*ROW,), {"cu_seqlens": ENDS[:0]}),
+        (ValueError, "from 0 to 3, the number of tokens; got 0 to 2", (*ROW,), {"cu_seqlens": ENDS[:2]}),
+        (ValueError, "from 0 to 3, the number of tokens; got 2 to 3", (*ROW,), {"cu_seqlens": ENDS[1:]}),
+        (ValueError, "cu_seqlens must never fall", (*ROW,), {"cu_seqlens": torch.tensor([0, 2, 1, 3])}),
+        (ValueError, r"expected \[2\] \(one value for each seq", (*ROW,), {"cu_seqlens": ENDS, "bootstrap": FLAT[0]}),
     ],
 )
 def test_bad_arguments(error, message, arguments, options):

@@ -40,6 +40,7 @@ class Mutation:
 # Whose tests notice a change to a file that several operations share.
 SHARED = {
     "_rows": "token_logprobs",
+    "_scan": "gae",
     "_moments": "masked_whiten",
     "_mean": "masked_mean",
     "_groups": "group_advantages",
@@ -99,6 +100,30 @@ MUTATIONS = [
         "((result.own - log_total) * inverse - result.shift)",
     ),
     Mutation(TORCH + "linear_logprobs.py", "no mask", "else x.masked_fill(~mask, 0)", "else x", path="triton"),
+    Mutation(TRITON + "gae.py", "no bootstrap", "BOOTSTRAP=bootstrap is not None", "BOOTSTRAP=False"),
+    Mutation(
+        TRITON + "gae.py", "masked tokens decay", "tl.where(counts, gamma * lam, 1.0)", "gamma * lam + 0.0 * reward"
+    ),
+    Mutation(
+        TRITON + "_scan.py", "left and right change places", "decay_l * term_r + term_l", "decay_r * term_l + term_r"
+    ),
+    Mutation(TRITON + "_scan.py", "no carry between pieces", "range(tiles - end)", "range(0)"),
+    Mutation(
+        TORCH + "_scan.py",
+        "a sequence takes from the next",
+        "else flow.masked_fill_(closed, 0.0)",
+        "else flow",
+        path="device",
+    ),
+    Mutation(TRITON + "shaped_gae.py", "the score is not clipped", "score > clip, clip", "score > clip, score"),
+    Mutation(TRITON + "shaped_gae.py", "a score in every piece", "passed_on == 0", "passed_on >= 0"),
+    Mutation(TRITON + "returns_to_go.py", "no discount", "beta, kind, gamma, 1.0", "beta, kind, 1.0, 1.0"),
+    Mutation(TRITON + "discounted_returns.py", "no bootstrap", "mask, bootstrap, cu", "mask, None, cu"),
+    Mutation(TRITON + "vtrace.py", "rho is not clipped", "ratio > rho_clip, rho_clip", "ratio > rho_clip, ratio"),
+    Mutation(TRITON + "vtrace.py", "the value beyond the piece is lost", "(found == 0)", "(found > 0)"),
+    Mutation(
+        TORCH + "vtrace.py", "advantages from V, not vs", "gamma * reaching - values", "gamma * next_value - values"
+    ),
     Mutation(TRITON + "kl_estimate.py", "sign of the gradient", "(-value).to(ref_gradient", "value.to(ref_gradient"),
     Mutation(TRITON + "_moments.py", "blocks of other means", "+ apart * apart * count_a * share", ""),
     Mutation(TRITON + "masked_whiten.py", "the mean gets no gradient", "scale * upstream_mean", "0.0 * upstream_mean"),
