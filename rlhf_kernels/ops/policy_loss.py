@@ -1,5 +1,6 @@
-"""The clipped surrogate loss of PPO and its relatives, from per-token log-probs."""
+"""The surrogate losses of PPO and its relatives, with a KL and an entropy term, from per-token log-probs."""
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -7,9 +8,12 @@ from torch import Tensor
 
 from rlhf_kernels import backend
 from rlhf_kernels.ops import _check
+from rlhf_kernels.ops._policy_terms import CISPO, GSPO, SAPO, Clip, EntropyTerm, KLTerm, Surrogate
+from rlhf_kernels.ops.kl_estimate import of_difference
 from rlhf_kernels.ops.masked_mean import normalized
 
 Reduce = Literal["tokens", "sequences"]
+PPO_CLIPS = (0.2, 0.2, None)
 
 
 class PolicyLoss(NamedTuple):
@@ -28,26 +32,35 @@ def policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    surrogate: Surrogate | None = None,
+    weights: Tensor | None = None,
+    kl: KLTerm | None = None,
+    entropy: EntropyTerm | None = None,
     reduce: Reduce = "tokens",
     normalizer: float | Tensor | None = None,
 ) -> PolicyLoss:
-    """`-min(ratio * A, clamp(ratio, 1 - clip_low, 1 + clip_high) * A)`, with `ratio = exp(logp - old_logp)`.
+    """`-min(ratio * A, clamp(ratio, 1 - clip_low, 1 + clip_high) * A)`, with `ratio = exp(logp - old_logp)`, or
+    another `surrogate`; plus `kl`, minus `entropy`.
 
     With `dual_clip = c`, tokens of negative advantage cost at most `-c * A`, however large their ratio.
-    Only `logp` gets a gradient: exactly 0 where masked (whatever lies there), clipped, or of zero advantage.
+    `surrogate`, in place of the three clips: `CISPO(...)`, `GSPO(...)` or `SAPO(...)`.
+    Only `logp`, and the entropy of the entropy term, get a gradient. It is exactly 0 where masked, whatever lies
+    there; the surrogate's is too where it is clipped (PPO, GSPO) or its advantage or weight is 0.
 
     `reduce="tokens"` sums over the counted tokens and divides by `normalizer`, by default their number (DAPO's
     token mean); Dr.GRPO divides by batch size * maximal length. `reduce="sequences"` sums each sequence's mean
     over its counted tokens and divides by `normalizer`, by default the number of sequences with a counted token
-    (GRPO). Given the whole batch's normaliser, micro-batches add up to one big batch.
+    (GRPO). All terms are reduced alike. Given the whole batch's normaliser, micro-batches add up to one big batch.
 
-    Metrics, over this call's counted tokens (0 if there are none):
+    Metrics, over this call's counted tokens (0 if there are none), not weighted:
         clip_fraction_low, clip_fraction_high: share with A < 0 and ratio < 1 - clip_low; A > 0 and ratio >
-            1 + clip_high. clip_fraction: their sum.
-        ratio_mean, ratio_max: exactly 1 while logp equals old_logp.
+            1 + clip_high. clip_fraction: their sum. With GSPO the ratio is the sequence's; with CISPO, which
+            clips the weight whatever its sign, A does not matter; SAPO has none of the three.
+        ratio_mean, ratio_max: of the tokens' ratios, with GSPO too. Exactly 1 while logp equals old_logp.
         approx_kl: KL(old || new) in nats per token, by k3 = expm1(d) - d with d = logp - old_logp; exactly 0
             while they are equal.
         effective_sample_size: (sum of ratios)^2 / (count * sum of squared ratios), in (0, 1].
+        kl, entropy: means of what the two terms are made of, where they are given; nats per token.
 
     Args:
         logp: `[N]` or `[B, T]` floating, nats: log-probs under the policy being trained.
@@ -57,31 +70,120 @@ def policy_loss(
         clip_low: how far below 1 a ratio still counts, in [0, 1].
         clip_high: how far above 1 (DAPO: .28); 0 or more.
         dual_clip: c above 1 (Ye et al.: 3), or None for none.
+        surrogate: another surrogate than PPO's; the three clips must then keep their defaults.
+        weights: 0 or more, a shape that advantages may have: multiplies the surrogate, without gradient; 0
+            takes a token out of it. Such as `importance_weights(...)`.
+        kl: `KLTerm(ref_logp=..., coefficient=..., kind=...)`.
+        entropy: `EntropyTerm(entropy=..., coefficient=...)`.
         reduce: "tokens" or "sequences" (`[B, T]` only).
         normalizer: a positive number or a 0-d tensor, not read by the host.
 
     Returns:
-        The loss, 0-d float32 (float64 if an input is), in the advantages' unit, and the metrics.
+        The loss, 0-d float32 (float64 if an input is), in the advantages' unit, and the metrics. Where the Triton
+        kernel runs, a double backward raises.
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: shapes that do not fit, an option outside its range, or a normaliser that is not positive.
+        ValueError: shapes that do not fit, an option outside its range, a clip beside a surrogate, or a normaliser
+            that is not positive.
 
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7; Ye et al. 2020,
     "Mastering Complex Control in MOBA Games", equation 5 (dual clip); Yu et al. 2025, "DAPO" (clip_high).
     """
-    backend.torch_only("policy_loss")
-    _check_arguments(logp, old_logp, advantages, mask, clip_low, clip_high, dual_clip, reduce)
-    dtype = _check.accumulation_dtype(logp, old_logp, advantages)
-    if advantages.dim() < logp.dim():
-        advantages = advantages[:, None]
-    advantages = torch.where(mask, advantages.detach().to(dtype), 0.0)
-    log_ratio = torch.where(mask, logp.to(dtype) - old_logp.detach().to(dtype), 0.0)
-    ratio = log_ratio.detach().exp()
-    low = (advantages < 0) & (ratio < 1 - clip_low)
-    high = (advantages > 0) & (ratio > 1 + clip_high)
+    if surrogate is not None and (clip_low, clip_high, dual_clip) != PPO_CLIPS:
+        raise ValueError(
+            f"clip_low, clip_high and dual_clip are those of PPO; {type(surrogate).__name__} has its own: "
+            "give them there, and leave these at their defaults"
+        )
+    form = surrogate or Clip(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    _check_arguments(logp, old_logp, advantages, mask, weights, kl, entropy)
+    _check_reduction(logp, form, reduce, normalizer)
+    extra = (weights, None if kl is None else kl.ref_logp, None if entropy is None else entropy.entropy)
+    tensors = [x for x in (logp, old_logp, advantages, *extra) if x is not None]
+    # torch.compile fuses the plain formula with what stands around it, which no kernel of ours can.
+    if backend.use_triton("policy_loss", *tensors) and not torch.compiler.is_compiling():
+        return _on_triton(logp, old_logp, advantages, mask, form, weights, kl, entropy, reduce, normalizer)
 
-    bound = ratio.clamp(1 - clip_low, 1 + clip_high)
+    dtype = _check.accumulation_dtype(*tensors)
+    log_ratio = torch.where(mask, logp.to(dtype) - old_logp.detach().to(dtype), 0.0)
+    weighted = _per_token(advantages, logp, dtype)
+    if weights is not None:
+        weighted = weighted * _per_token(weights, logp, dtype)
+    weighted = torch.where(mask, weighted, 0.0)
+    match form:
+        case Clip():
+            loss, low, high = _clipped(log_ratio, weighted, form, form.dual_clip)
+        case GSPO():
+            lengths = mask.sum(1, keepdim=True).clamp(min=1)
+            mean = log_ratio.sum(1, keepdim=True) / lengths
+            loss, low, high = _clipped(mean.expand_as(log_ratio), weighted, form)
+        case CISPO():
+            loss, low, high = _cispo(torch.where(mask, logp.to(dtype), 0.0), log_ratio, weighted, mask, form)
+        case SAPO():
+            loss, low, high = _sapo(log_ratio, weighted, form), None, None
+    terms = {}
+    if kl is not None:
+        difference = torch.where(mask, logp.to(dtype) - kl.ref_logp.detach().to(dtype), 0.0)
+        terms["kl"] = of_difference(difference, kl.kind)
+        loss = loss + terms["kl"] * kl.coefficient
+    if entropy is not None:
+        terms["entropy"] = torch.where(mask, entropy.entropy.to(dtype), 0.0)
+        loss = loss - terms["entropy"] * entropy.coefficient
+    return PolicyLoss(_reduced(loss, mask, reduce, normalizer), _metrics(log_ratio, low, high, mask, terms))
+
+
+def _check_arguments(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    weights: Tensor | None,
+    kl: KLTerm | None,
+    entropy: EntropyTerm | None,
+) -> None:
+    tokens = {"logp": logp, "old_logp": old_logp}
+    if kl is not None:
+        tokens["kl.ref_logp"] = kl.ref_logp
+    if entropy is not None:
+        tokens["entropy.entropy"] = entropy.entropy
+    either = {"advantages": advantages, **({} if weights is None else {"weights": weights})}
+    _check.floating(**tokens, **either)
+    _check.same_shape(**tokens)
+    _check.boolean_mask(mask, logp.shape)
+    for name, x in either.items():
+        if x.shape != logp.shape and (logp.dim() != 2 or x.shape != logp.shape[:1]):
+            raise ValueError(
+                f"{name} has shape {list(x.shape)}, but logp has {list(logp.shape)}: they must be the "
+                f"same, or {name} [B] with one value per sequence of a logp [B, T]"
+            )
+    _check.together(**tokens, **either, mask=mask)
+
+
+def _check_reduction(logp: Tensor, form: Clip | Surrogate, reduce: str, normalizer: float | Tensor | None) -> None:
+    if reduce not in get_args(Reduce):
+        raise ValueError(f'reduce must be "tokens" or "sequences", got {reduce!r}')
+    if logp.dim() != 2 and (reduce == "sequences" or isinstance(form, GSPO)):
+        who = 'reduce="sequences"' if reduce == "sequences" else "GSPO"
+        raise ValueError(f"{who} needs logp [B, T], got shape {list(logp.shape)}")
+    if isinstance(normalizer, Tensor) and normalizer.dim() != 0:
+        raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}")
+    if isinstance(normalizer, float | int) and not normalizer > 0:
+        raise ValueError(f"normalizer must be positive, got {normalizer}; None divides by the local count")
+
+
+def _per_token(x: Tensor, logp: Tensor, dtype: torch.dtype) -> Tensor:
+    x = x.detach().to(dtype)
+    return x if x.dim() == logp.dim() else x[:, None]
+
+
+def _clipped(
+    log_ratio: Tensor, advantages: Tensor, form: Clip | GSPO, dual_clip: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each token, and whether it is clipped below and above."""
+    ratio = log_ratio.detach().exp()
+    low = (advantages < 0) & (ratio < 1 - form.clip_low)
+    high = (advantages > 0) & (ratio > 1 + form.clip_high)
+    bound = ratio.clamp(1 - form.clip_low, 1 + form.clip_high)
     idle = advantages == 0
     constant = low | high | idle
     if dual_clip is not None:
@@ -90,38 +192,29 @@ def policy_loss(
         constant = constant | capped
     # A constant token's exponential is never taken, so that its gradient is 0 and not 0 * inf.
     used_ratio = torch.where(constant, bound, torch.where(constant, 0.0, log_ratio).exp())
-    per_token = torch.where(idle, 0.0, -advantages * used_ratio)
-    return PolicyLoss(_reduced(per_token, mask, reduce, normalizer), _metrics(log_ratio, low, high, mask))
+    return torch.where(idle, 0.0, -advantages * used_ratio), low, high
 
 
-def _check_arguments(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    reduce: str,
-) -> None:
-    _check.floating(logp=logp, old_logp=old_logp, advantages=advantages)
-    _check.same_shape(logp=logp, old_logp=old_logp)
-    _check.boolean_mask(mask, logp.shape)
-    if advantages.shape != logp.shape and (logp.dim() != 2 or advantages.shape != logp.shape[:1]):
-        raise ValueError(
-            f"advantages has shape {list(advantages.shape)}, but logp has {list(logp.shape)}: they must be the "
-            "same, or advantages [B] with one value per sequence of a logp [B, T]"
-        )
-    if not 0 <= clip_low <= 1:
-        raise ValueError(f"clip_low must be in [0, 1], got {clip_low}")
-    if not clip_high >= 0:
-        raise ValueError(f"clip_high must be 0 or more, got {clip_high}")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip must be greater than 1 (or None for none), got {dual_clip}")
-    if reduce not in get_args(Reduce):
-        raise ValueError(f'reduce must be "tokens" or "sequences", got {reduce!r}')
-    if reduce == "sequences" and logp.dim() != 2:
-        raise ValueError(f'reduce="sequences" needs logp [B, T], got shape {list(logp.shape)}')
+def _cispo(
+    logp: Tensor, log_ratio: Tensor, advantages: Tensor, mask: Tensor, form: CISPO
+) -> tuple[Tensor, Tensor, Tensor]:
+    ratio = log_ratio.detach().exp()
+    lower, upper = 1 - (1 if form.clip_low is None else form.clip_low), 1 + form.clip_high
+    coefficient = -advantages * ratio.clamp(lower, upper)
+    # A token of probability 0 under either policy has the weight 0: 0 * -inf is none of its business.
+    idle = (advantages == 0) | (coefficient == 0)
+    loss = torch.where(idle, 0.0, coefficient) * torch.where(idle, 0.0, logp)
+    return loss, mask & (ratio < lower), mask & (ratio > upper)
+
+
+def _sapo(log_ratio: Tensor, advantages: Tensor, form: SAPO) -> Tensor:
+    tau = torch.where(advantages > 0, form.positive, form.negative).to(log_ratio.dtype)
+    idle = advantages == 0
+    # Where the ratio overflows the gate is full, and its gradient 0 and not 0 * inf.
+    full = (log_ratio.detach().exp() == math.inf) & ~idle
+    distance = torch.expm1(torch.where(full | idle, 0.0, log_ratio))
+    gate = torch.where(full, 1.0, torch.sigmoid(tau * distance))
+    return torch.where(idle, 0.0, -advantages * (4 / tau) * gate)
 
 
 def _reduced(per_token: Tensor, mask: Tensor, reduce: Reduce, normalizer: float | Tensor | None) -> Tensor:
@@ -133,19 +226,29 @@ def _reduced(per_token: Tensor, mask: Tensor, reduce: Reduce, normalizer: float 
 
 
 @torch.no_grad()
-def _metrics(log_ratio: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    count = mask.sum().clamp(min=1)
-    low_share, high_share = low.sum() / count, high.sum() / count
+def _metrics(
+    log_ratio: Tensor, low: Tensor | None, high: Tensor | None, mask: Tensor, terms: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    number = mask.sum()
+    count = number.clamp(min=1)
+    clips = {}
+    if low is not None and high is not None:
+        low_share, high_share = low.sum() / count, high.sum() / count
+        clips = {
+            "clip_fraction": low_share + high_share,
+            "clip_fraction_low": low_share,
+            "clip_fraction_high": high_share,
+        }
     counted = torch.where(mask, log_ratio, -torch.inf)
     largest = counted.amax() if counted.numel() else counted.new_tensor(-torch.inf)
     # Weights relative to the largest neither overflow nor all vanish: their squares add up to at least 1.
-    weight = torch.where(mask, (counted - largest).exp(), 0.0)
+    weight = torch.where(mask, (counted - largest.clamp(min=torch.finfo(counted.dtype).min)).exp(), 0.0)
+    beyond = torch.expm1(log_ratio)
     return {
-        "clip_fraction": low_share + high_share,
-        "clip_fraction_low": low_share,
-        "clip_fraction_high": high_share,
-        "ratio_mean": counted.exp().sum() / count,
+        **clips,
+        "ratio_mean": (number + beyond.sum()) / count,
         "ratio_max": largest.exp(),
-        "approx_kl": (torch.expm1(log_ratio) - log_ratio).sum() / count,
+        "approx_kl": (beyond - log_ratio).sum() / count,
         "effective_sample_size": weight.sum().square() / (count * weight.square().sum().clamp(min=1)),
+        **{name: x.sum() / count for name, x in terms.items()},
     }
