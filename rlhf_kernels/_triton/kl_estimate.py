@@ -28,6 +28,30 @@ def over_square(x):
 
 
 @triton.jit
+def estimate(d, KIND: tl.constexpr):
+    """The estimate for d = logp - ref_logp."""
+    if KIND == "k1":
+        value = d
+    elif KIND == "k2":
+        value = d * d / 2
+    else:
+        value = tl.where(tl.abs(d) < 1, d * d * over_square(-d), tl.exp(-d) - 1 + d)
+    return value
+
+
+@triton.jit
+def slope(d, KIND: tl.constexpr):
+    """Its derivative by d: 1, d, or 1 - exp(-d)."""
+    if KIND == "k1":
+        value = d * 0 + 1
+    elif KIND == "k2":
+        value = d
+    else:
+        value = tl.where(tl.abs(d) < 1, d - d * d * over_square(-d), 1 - tl.exp(-d))
+    return value
+
+
+@triton.jit
 def forward_kernel(
     logp,  # [count]
     ref_logp,  # [count]
@@ -40,13 +64,7 @@ def forward_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     d = tl.load(logp + at, mask=inside).to(tl.float32) - tl.load(ref_logp + at, mask=inside).to(tl.float32)
-    if KIND == "k1":
-        value = d
-    elif KIND == "k2":
-        value = d * d / 2
-    else:
-        value = tl.where(tl.abs(d) < 1, d * d * over_square(-d), tl.exp(-d) - 1 + d)
-    tl.store(out + at, value, mask=inside)
+    tl.store(out + at, estimate(d, KIND), mask=inside)
 
 
 @triton.jit
@@ -68,10 +86,7 @@ def backward_kernel(
     value = tl.load(upstream + at, mask=inside)
     if KIND != "k1":
         d = tl.load(logp + at, mask=inside).to(tl.float32) - tl.load(ref_logp + at, mask=inside).to(tl.float32)
-        if KIND == "k2":
-            value *= d
-        else:
-            value *= tl.where(tl.abs(d) < 1, d - d * d * over_square(-d), 1 - tl.exp(-d))
+        value *= slope(d, KIND)
     if WANTS:
         tl.store(gradient + at, value.to(gradient.dtype.element_ty), mask=inside)
     if WANTS_REF:

@@ -125,11 +125,62 @@ def policy_loss(
     if kl is not None:
         difference = torch.where(mask, logp.to(dtype) - kl.ref_logp.detach().to(dtype), 0.0)
         terms["kl"] = of_difference(difference, kl.kind)
-        loss = loss + terms["kl"] * kl.coefficient
+        if kl.coefficient:
+            loss = loss + terms["kl"] * kl.coefficient
     if entropy is not None:
         terms["entropy"] = torch.where(mask, entropy.entropy.to(dtype), 0.0)
-        loss = loss - terms["entropy"] * entropy.coefficient
+        if entropy.coefficient:
+            loss = loss - terms["entropy"] * entropy.coefficient
     return PolicyLoss(_reduced(loss, mask, reduce, normalizer), _metrics(log_ratio, low, high, mask, terms))
+
+
+def _on_triton(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    form: Clip | Surrogate,
+    weights: Tensor | None,
+    kl: KLTerm | None,
+    entropy: EntropyTerm | None,
+    reduce: Reduce,
+    normalizer: float | Tensor | None,
+) -> PolicyLoss:
+    from rlhf_kernels._triton import policy_loss as twin
+
+    if isinstance(form, SAPO):
+        first, second = form.positive, form.negative
+    else:
+        first, second = 1 - (1 if form.clip_low is None else form.clip_low), 1 + form.clip_high
+    dual_clip = form.dual_clip if isinstance(form, Clip) else None
+    options = twin.Options(
+        form=type(form).__name__,
+        first=float(first),
+        second=float(second),
+        dual=math.inf if dual_clip is None else float(dual_clip),
+        kl_kind="" if kl is None else kl.kind,
+        kl_coefficient=0.0 if kl is None else float(kl.coefficient),
+        entropy_coefficient=0.0 if entropy is None else float(entropy.coefficient),
+        sequences=reduce == "sequences",
+        normalizer=normalizer,
+    )
+    wants_gradient = logp.requires_grad and torch.is_grad_enabled()
+    loss, values = twin.PolicyLoss.apply(
+        logp.contiguous(),
+        None if entropy is None else entropy.entropy.contiguous(),
+        old_logp.detach().contiguous(),
+        advantages.detach().contiguous(),
+        None if weights is None else weights.detach().contiguous(),
+        mask.contiguous(),
+        None if kl is None else kl.ref_logp.detach().contiguous(),
+        options,
+        wants_gradient,
+    )
+    absent = {"kl": kl is None, "entropy": entropy is None}
+    if isinstance(form, SAPO):
+        absent |= dict.fromkeys(("clip_fraction", "clip_fraction_low", "clip_fraction_high"), True)
+    metrics = dict(zip(twin.METRICS, values.unbind(), strict=False))
+    return PolicyLoss(loss, {name: x for name, x in metrics.items() if not absent.get(name)})
 
 
 def _check_arguments(
