@@ -19,7 +19,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlhf_kernels._triton import _rows, exact_kl, kl_estimate, linear_logprobs, token_logprobs
+from rlhf_kernels._triton import (
+    _rows,
+    exact_kl,
+    importance_weights,
+    kl_estimate,
+    linear_logprobs,
+    policy_loss,
+    token_logprobs,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,7 +39,7 @@ TARGETS = {
 MOST_REGISTERS = 80
 MOST_SHARED = 16 * 1024
 # The numbers that a kernel does not annotate. The sizes among them, such as 151,936, are multiples of 16.
-NUMBERS = {"inverse": "fp32", "softcap": "fp32", **dict.fromkeys(("vocabulary", "columns", "stride", "count"), "i32")}
+NUMBERS = {"inverse": "fp32", "softcap": "fp32", "cap": "fp32", **dict.fromkeys(("vocabulary", "columns", "stride", "count", "length"), "i32")}
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.bool: "*i1"}
 
 
@@ -56,6 +64,8 @@ class Case:
     bytes_least: float
     wide: bool = True
     """whether its accesses must be 128 bits wide"""
+    most_registers: int = MOST_REGISTERS
+    """a thread; twice that where a warp has 64"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,8 @@ def cases() -> Iterator[Case]:
         yield from exact_kl_cases(dtype)
         yield from kl_estimate_cases(dtype)
         yield from linear_logprobs_cases(dtype)
+        yield from policy_loss_cases(dtype)
+        yield from importance_weights_cases(dtype)
 
 
 def token_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iterator[Case]:
@@ -217,6 +229,80 @@ def linear_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iter
         )
 
 
+def policy_loss_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Log-probs, entropies and weights in the dtype, advantages in float32, as everything that is written."""
+    names = ("logp", "old_logp", "ref_logp", "entropy", "weights", "entropy_gradient")
+    pointers = {**dict.fromkeys(names, dtype), "mask": torch.bool}
+    numbers = dict.fromkeys(("first", "second", "dual", "kl_coefficient", "entropy_coefficient"), "fp32")
+    shared = {"WEIGHTED": True, "ADVANTAGE_OF_ROW": False, "WEIGHT_OF_ROW": False, "BLOCK": policy_loss.TILE}
+    terms = {"KL": "k3", "ENTROPY": True, "GRADIENT": True, "ROWS": 1, "STEP": policy_loss.STEP}
+    label, size = str(dtype).removeprefix("torch."), 5 * dtype.itemsize + 9
+    # Three programs then fit a multiprocessor: with all terms 56 KiB of loads are in flight, as much as elsewhere.
+    most_registers = 160
+    forms = [("Clip", False), ("CISPO", False), ("GSPO", True), ("SAPO", False)]
+    for form, sequences in forms if dtype == torch.float32 else [("Clip", True)]:
+        # A row of one tile is read once; the sums of a longer one come from a reading before.
+        flags = {"FORM": form, "SEQUENCES": sequences, "PIECES": form == "GSPO"}
+        yield case(
+            f"policy_loss forward ({form}{', sequences' if sequences else ''}, {label})",
+            policy_loss.forward_kernel,
+            pointers,
+            {**shared, **terms, **flags},
+            _rows.WARPS,
+            moved=size,
+            least=size,
+            numbers=numbers,
+            most_registers=most_registers,
+        )
+    yield case(
+        f"policy_loss rows ({label})",
+        policy_loss.rows_kernel,
+        pointers,
+        shared,
+        _rows.WARPS,
+        moved=3 * dtype.itemsize + 5,
+        least=3 * dtype.itemsize + 5,
+    )
+    yield case(
+        f"policy_loss merge ({label})",
+        policy_loss.merge_kernel,
+        {"normalizer_tensor": torch.int64},
+        {"HOW": "tensor", "SEQUENCES": True, "STEP": policy_loss.MERGED},
+        _rows.WARPS,
+        moved=0,
+        least=0,
+        wide=False,
+    )
+    yield case(
+        f"policy_loss backward ({label})",
+        policy_loss.backward_kernel,
+        {**pointers, "gradient": dtype},
+        {"SEQUENCES": True, "GRADIENT": True, "ENTROPY": True, "ROWS": 1, "BLOCK": policy_loss.TILE},
+        _rows.WARPS,
+        moved=2 * dtype.itemsize + 5,
+        least=2 * dtype.itemsize + 5,
+        numbers=numbers,
+    )
+
+
+def importance_weights_cases(dtype: torch.dtype) -> Iterator[Case]:
+    pointers = {"logp": dtype, "rollout_logp": dtype, "mask": torch.bool}
+    label, size = str(dtype).removeprefix("torch."), 2 * dtype.itemsize + 1
+    for level, kernel, written in (
+        ("token", importance_weights.tokens_kernel, 4),
+        ("sequence", importance_weights.sequences_kernel, 0),
+    ):
+        yield case(
+            f"importance_weights {level} ({label})",
+            kernel,
+            pointers,
+            {"BLOCK": importance_weights.BLOCK},
+            _rows.WARPS,
+            moved=size + written,
+            least=size + written,
+        )
+
+
 def case(
     name: str,
     kernel: Any,
@@ -227,6 +313,8 @@ def case(
     moved: float,
     least: float,
     wide: bool = True,
+    numbers: dict[str, str] = NUMBERS,
+    most_registers: int = MOST_REGISTERS,
 ) -> Case:
     """The types of the arguments: constants as given, numbers as annotated, a pointer to float32 for all others."""
     signature = {}
@@ -235,11 +323,11 @@ def case(
             signature[parameter.name] = "constexpr"
         elif parameter.annotation_type:
             signature[parameter.name] = parameter.annotation_type
-        elif parameter.name in NUMBERS:
-            signature[parameter.name] = NUMBERS[parameter.name]
+        elif parameter.name in {**NUMBERS, **numbers}:
+            signature[parameter.name] = {**NUMBERS, **numbers}[parameter.name]
         else:
             signature[parameter.name] = POINTER[pointers.get(parameter.name, torch.float32)]
-    return Case(name, kernel, signature, constants, warps, moved, least, wide)
+    return Case(name, kernel, signature, constants, warps, moved, least, wide, most_registers)
 
 
 def compiled(case: Case, target: str) -> Row:
@@ -273,8 +361,8 @@ def faults(row: Row) -> Iterator[str]:
     where = f"{row.case.name} on {row.target}"
     if row.spills:
         yield f"{where}: {row.spills} bytes of registers spilled to memory"
-    if row.registers > MOST_REGISTERS * (2 if row.target == "gfx942" else 1):
-        yield f"{where}: {row.registers} registers a thread, more than {MOST_REGISTERS}"
+    if row.registers > row.case.most_registers * (2 if row.target == "gfx942" else 1):
+        yield f"{where}: {row.registers} registers a thread, more than {row.case.most_registers}"
     if row.shared > MOST_SHARED:
         yield f"{where}: {row.shared} bytes of shared memory, more than {MOST_SHARED}"
     if row.case.wide and row.load_bits < 128:

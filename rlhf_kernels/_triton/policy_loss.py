@@ -14,8 +14,9 @@ from torch import Tensor
 from rlhf_kernels import _autograd
 from rlhf_kernels._triton import _rows, kl_estimate
 
-# Tokens per program: 128 bits of bfloat16 for each thread of _rows.WARPS warps, also where a warp has 64.
-TILE = 2048
+# Tokens per program: 128 bits of float32 for each thread of _rows.WARPS warps, also where a warp has 64; and no more,
+# because registers run short.
+TILE = 1024
 # Widths of a tile. Few, because each is compiled by itself.
 BLOCKS = (32, 128, 512, TILE)
 # Pieces of a row, and sums of programs, that are added up at a time.

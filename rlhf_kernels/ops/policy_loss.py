@@ -105,7 +105,8 @@ def policy_loss(
         return _on_triton(logp, old_logp, advantages, mask, form, weights, kl, entropy, reduce, normalizer)
 
     dtype = _check.accumulation_dtype(*tensors)
-    log_ratio = torch.where(mask, logp.to(dtype) - old_logp.detach().to(dtype), 0.0)
+    logp = logp.to(dtype)  # once: what the terms add to its gradient is then rounded once
+    log_ratio = torch.where(mask, logp - old_logp.detach().to(dtype), 0.0)
     weighted = _per_token(advantages, logp, dtype)
     if weights is not None:
         weighted = weighted * _per_token(weights, logp, dtype)
@@ -118,12 +119,12 @@ def policy_loss(
             mean = log_ratio.sum(1, keepdim=True) / lengths
             loss, low, high = _clipped(mean.expand_as(log_ratio), weighted, form)
         case CISPO():
-            loss, low, high = _cispo(torch.where(mask, logp.to(dtype), 0.0), log_ratio, weighted, mask, form)
+            loss, low, high = _cispo(torch.where(mask, logp, 0.0), log_ratio, weighted, mask, form)
         case SAPO():
             loss, low, high = _sapo(log_ratio, weighted, form), None, None
     terms = {}
     if kl is not None:
-        difference = torch.where(mask, logp.to(dtype) - kl.ref_logp.detach().to(dtype), 0.0)
+        difference = torch.where(mask, logp - kl.ref_logp.detach().to(dtype), 0.0)
         terms["kl"] = of_difference(difference, kl.kind)
         if kl.coefficient:
             loss = loss + terms["kl"] * kl.coefficient

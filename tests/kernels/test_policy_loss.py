@@ -4,8 +4,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from rlhf_kernels.ops.policy_loss import policy_loss
+from rlhf_kernels import CISPO, GSPO, SAPO, EntropyTerm, KLTerm, backend, policy_loss
+
+INTERPRETED = not torch.cuda.is_available()
+SURROGATES = [
+    None,
+    CISPO(clip_high=0.3),
+    CISPO(clip_low=0.4, clip_high=0.1),
+    GSPO(clip_low=0.05, clip_high=0.1),
+    SAPO(positive=0.7, negative=2.0),
+]
+REDUCTIONS = ["tokens", "sequences"]
 
 
 def example(seed: int, rows: int, length: int, spread: float = 0.5, dtype=torch.float64):
@@ -17,57 +28,186 @@ def example(seed: int, rows: int, length: int, spread: float = 0.5, dtype=torch.
     return logp.to(dtype), old_logp.to(dtype), advantages.to(dtype), mask
 
 
-def textbook(logp, old_logp, advantages, mask, clip_low, clip_high, dual_clip) -> torch.Tensor:
-    """PPO's equation 7 and dual-clip PPO's equation 5 as they are printed, per token."""
-    ratio = (logp - old_logp).exp()
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    if dual_clip is not None:
-        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
-    return torch.where(mask, -surrogate, 0.0)
+def on_path(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """On the device that the fixture `path` has chosen."""
+    return tuple(x.to(torch.get_default_device()) for x in batch)
+
+
+def textbook(
+    logp, old_logp, advantages, mask, *,
+    clip_low=0.2, clip_high=0.2, dual_clip=None, surrogate=None,
+    weights=None, kl=None, entropy=None, reduce="tokens", normalizer=None,
+) -> Tensor:  # fmt: skip
+    """The papers' formulas as they are printed, in float64, one sequence at a time."""
+    if logp.dim() == 1:
+        logp, old_logp, advantages, mask = (x[None] for x in (logp, old_logp, advantages, mask))
+    advantages, weights = (1.0 if x is None else x.view(len(mask), -1).expand(mask.shape) for x in (advantages, weights))
+    sums, lengths = [], []
+    for i, counts in enumerate(mask):
+        new, old = logp[i, counts].double(), old_logp[i, counts].double()
+        a, w = advantages[i, counts].double(), 1.0 if isinstance(weights, float) else weights[i, counts].double()
+        ratio = (new - old).exp()
+        match surrogate:
+            case None:
+                gain = torch.minimum(ratio * a, ratio.clamp(1 - clip_low, 1 + clip_high) * a)
+                if dual_clip is not None:
+                    gain = torch.where(a < 0, torch.maximum(gain, dual_clip * a), gain)
+            case CISPO():
+                low = math.inf if surrogate.clip_low is None else surrogate.clip_low
+                gain = ratio.clamp(1 - low, 1 + surrogate.clip_high).detach() * a * new
+            case GSPO():
+                ratio = (new - old).mean().exp() if len(new) else ratio
+                gain = torch.minimum(ratio * a, ratio.clamp(1 - surrogate.clip_low, 1 + surrogate.clip_high) * a)
+            case SAPO():
+                tau = torch.where(a > 0, surrogate.positive, surrogate.negative).double()
+                gain = 4 / tau / (1 + (-tau * (ratio - 1)).exp()) * a
+        loss = -gain * w
+        if kl is not None:
+            d = new - kl.ref_logp[i, counts].double()
+            loss = loss + kl.coefficient * {"k1": d, "k2": d * d / 2, "k3": (-d).exp() - 1 + d}[kl.kind]
+        if entropy is not None:
+            loss = loss - entropy.coefficient * entropy.entropy[i, counts].double()
+        sums.append(loss.sum())
+        lengths.append(len(new))
+    if reduce == "tokens":
+        return sum(sums) / (normalizer or max(1, sum(lengths)))
+    means = [x / max(1, length) for x, length in zip(sums, lengths, strict=True)]
+    return sum(means) / (normalizer or max(1, sum(length > 0 for length in lengths)))
+
+
+def terms(shape: tuple[int, ...], kind: str = "k3", dtype: torch.dtype = torch.float32, **options) -> dict:
+    """Weights, a KL and an entropy term for log-probs of this shape."""
+    ref_logp, entropy, weights = -torch.rand(shape) * 5, torch.rand(shape) * 3, torch.rand(shape)
+    return {
+        "weights": weights.to(dtype),
+        "kl": KLTerm(ref_logp=ref_logp.to(dtype), coefficient=0.3, kind=kind),
+        "entropy": EntropyTerm(entropy=entropy.to(dtype).requires_grad_(), coefficient=0.2),
+        **options,
+    }
+
+
+def compare_with_the_textbook(batch: tuple[Tensor, ...], options: dict, atol: float = 2e-6) -> None:
+    """The loss, and the gradients of logp and of the entropy."""
+    logp, *others = batch
+    ours, theirs = (logp.detach().clone().requires_grad_() for _ in range(2))
+    leaves = [options["entropy"].entropy] if "entropy" in options else []
+    loss, expected = policy_loss(ours, *others, **options).loss, textbook(theirs, *others, **options)
+    torch.testing.assert_close(loss.double(), expected, rtol=atol, atol=atol)
+    if expected.requires_grad:
+        actual = torch.autograd.grad(loss, [ours, *leaves])
+        for a, b in zip(actual, torch.autograd.grad(expected, [theirs, *leaves]), strict=True):
+            torch.testing.assert_close(a, b, rtol=atol, atol=atol)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=str)
+@pytest.mark.parametrize("length", [7, 200])
+def test_every_surrogate_and_term_matches_the_textbook(surrogate, reduce, length, path) -> None:
+    batch = on_path(example(0, 6, length, dtype=torch.float32))
+    compare_with_the_textbook(batch, {"surrogate": surrogate, "reduce": reduce})
+    for kind in ("k1", "k2", "k3"):
+        compare_with_the_textbook(batch, terms((6, length), kind, surrogate=surrogate, reduce=reduce))
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=str)
+def test_long_rows_match_the_textbook(surrogate, path) -> None:
+    """On Triton each is cut into pieces; a single row of 3000 tokens too."""
+    logp, old_logp, advantages, mask = on_path(example(1, 2, 3000, spread=0.1, dtype=torch.float32))
+    for reduce in REDUCTIONS:
+        options = terms((2, 3000), surrogate=surrogate, reduce=reduce)
+        compare_with_the_textbook((logp, old_logp, advantages, mask), options)
+    if not isinstance(surrogate, GSPO):
+        compare_with_the_textbook((logp[0], old_logp[0], advantages[0], mask[0]), {"surrogate": surrogate})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype: torch.dtype, path: str) -> None:
+    logp, old_logp, advantages, mask = on_path(example(2, 5, 40, dtype=torch.float32))
+    ours = logp.to(dtype).requires_grad_()
+    options = terms((5, 40), dtype=dtype, reduce="sequences", normalizer=3.5)
+    entropy = options["entropy"].entropy
+    loss = policy_loss(ours, old_logp, advantages.to(dtype), mask, **options).loss
+    theirs = ours.detach().double().requires_grad_()
+    expected = textbook(theirs, old_logp, advantages.to(dtype), mask, **options)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=2e-6)
+    actual, wanted = (torch.autograd.grad(x, [leaf, entropy]) for x, leaf in ((loss, ours), (expected, theirs)))
+    for a, b in zip(actual, wanted, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b.double(), rtol=2**-7, atol=1e-7)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     rows=st.integers(1, 5),
-    length=st.integers(1, 9),
-    clip_low=st.sampled_from([0.0, 0.2, 1.0]),
-    clip_high=st.sampled_from([0.0, 0.2, 0.28]),
-    dual_clip=st.sampled_from([None, 1.5, 3.0]),
-    reduce=st.sampled_from(["tokens", "sequences"]),
+    length=st.sampled_from([1, 2, 5, 9, 33, 130]),
+    clips=st.fixed_dictionaries(
+        {
+            "clip_low": st.sampled_from([0.0, 0.2, 1.0]),
+            "clip_high": st.sampled_from([0.0, 0.2, 0.28]),
+            "dual_clip": st.sampled_from([None, 1.5, 3.0]),
+        }
+    ),
+    surrogate=st.sampled_from(SURROGATES),
+    reduce=st.sampled_from(REDUCTIONS),
+    of_row=st.sets(st.sampled_from(["advantages", "weights"])),
+    wanted=st.sets(st.sampled_from(["weights", "kl", "entropy"])),
+    normalizer=st.sampled_from([None, 7.5, torch.tensor(11)]),
+    mode=st.sampled_from(["auto", "triton"]),
 )
-def test_agrees_with_the_papers(seed, rows, length, clip_low, clip_high, dual_clip, reduce):
-    logp, old_logp, advantages, mask = example(seed, rows, length)
-    clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
-    ours, theirs = (logp.clone().requires_grad_() for _ in range(2))
-    loss, metrics = policy_loss(ours, old_logp, advantages, mask, reduce=reduce, **clips)
-    per_token = textbook(theirs, old_logp, advantages, mask, **clips)
-    if reduce == "tokens":
-        expected = per_token.sum() / max(int(mask.sum()), 1)
-    else:
-        lengths = mask.sum(1).clamp(min=1)
-        expected = (per_token.sum(1) / lengths).sum() / max(int(mask.any(1).sum()), 1)
-    torch.testing.assert_close(loss, expected, atol=1e-13, rtol=0)
-    loss.backward()
-    expected.backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-13, rtol=0)
+def test_any_mixture_matches_the_textbook(
+    seed, rows, length, clips, surrogate, reduce, of_row, wanted, normalizer, mode
+) -> None:
+    dtype = torch.float64 if mode == "auto" else torch.float32
+    logp, old_logp, advantages, mask = example(seed, rows, length, dtype=dtype)
+    torch.manual_seed(seed)
+    options = {name: x for name, x in terms((rows, length), dtype=dtype).items() if name in wanted}
+    if "advantages" in of_row:
+        advantages = advantages[:, 0]
+    if "weights" in of_row & wanted:
+        options["weights"] = options["weights"][:, 0]
+    options |= {"reduce": reduce, "normalizer": normalizer, "surrogate": surrogate}
+    if surrogate is None:
+        options |= clips
+    with backend.using(mode):
+        compare_with_the_textbook((logp, old_logp, advantages, mask), options, 1e-12 if mode == "auto" else 3e-6)
 
-    ratio, counted = (logp - old_logp).exp()[mask], advantages[mask]
-    count = max(int(mask.sum()), 1)
-    low, high = (counted < 0) & (ratio < 1 - clip_low), (counted > 0) & (ratio > 1 + clip_high)
-    expected_metrics = {
-        "clip_fraction": int((low | high).sum()) / count,
-        "clip_fraction_low": int(low.sum()) / count,
-        "clip_fraction_high": int(high.sum()) / count,
-        "ratio_mean": ratio.sum().item() / count,
-        "ratio_max": max(ratio.tolist(), default=0.0),
-        "approx_kl": (ratio - 1 - ratio.log()).sum().item() / count,
-        "effective_sample_size": (ratio.sum() ** 2 / (count * ratio.square().sum().clamp(min=1e-9))).item(),
+
+@pytest.mark.parametrize("surrogate", [*SURROGATES, "dual"], ids=str)
+def test_metrics_are_those_of_the_textbook(surrogate, path) -> None:
+    logp, old_logp, advantages, mask = on_path(example(3, 7, 30, dtype=torch.float32))
+    clips = {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 1.5} if surrogate == "dual" else {}
+    options = terms((7, 30), surrogate=None if clips else surrogate, **clips)
+    metrics = policy_loss(logp, old_logp, advantages, mask, **options).metrics
+    count, counted = mask.sum(), advantages[mask].double()
+    ratio = (logp.double() - old_logp.double()).exp()[mask]
+    d = (logp.double() - options["kl"].ref_logp.double())[mask]
+    expected = {
+        "ratio_mean": ratio.mean(),
+        "ratio_max": ratio.max(),
+        "approx_kl": (ratio - 1 - ratio.log()).mean(),
+        "effective_sample_size": ratio.sum() ** 2 / (count * ratio.square().sum()),
+        "kl": ((-d).exp() - 1 + d).mean(),
+        "entropy": options["entropy"].entropy.detach().double()[mask].mean(),
     }
-    assert metrics.keys() == expected_metrics.keys()
+    if not isinstance(surrogate, SAPO):
+        form = options["surrogate"]
+        low, high = (clips.get("clip_low", 0.2), clips.get("clip_high", 0.2)) if form is None else (
+            math.inf if form.clip_low is None else form.clip_low, form.clip_high)  # fmt: skip
+        if isinstance(form, GSPO):
+            difference = torch.where(mask, logp.double() - old_logp.double(), 0)
+            ratio = (difference.sum(1) / mask.sum(1)).exp()[:, None].expand(7, 30)[mask]
+        below, above = ratio < 1 - low, ratio > 1 + high
+        if not isinstance(form, CISPO):
+            below, above = below & (counted < 0), above & (counted > 0)
+        shares = below.double().mean(), above.double().mean()
+        assert sum(shares) > 0
+        expected |= dict(zip(("clip_fraction_low", "clip_fraction_high", "clip_fraction"), (*shares, sum(shares))))
+    assert metrics.keys() == expected.keys()
     for name, value in metrics.items():
-        assert value.item() == pytest.approx(expected_metrics[name], abs=1e-6), name
-        assert not value.requires_grad and value.dim() == 0
+        assert value.item() == pytest.approx(expected[name].item(), rel=1e-5, abs=1e-7), name
+        assert not value.requires_grad and value.dim() == 0 and value.device == logp.device
 
 
 def test_asymmetric_and_dual_clip_by_hand():
