@@ -39,7 +39,12 @@ TARGETS = {
 MOST_REGISTERS = 80
 MOST_SHARED = 16 * 1024
 # The numbers that a kernel does not annotate. The sizes among them, such as 151,936, are multiples of 16.
-NUMBERS = {"inverse": "fp32", "softcap": "fp32", "cap": "fp32", **dict.fromkeys(("vocabulary", "columns", "stride", "count", "length"), "i32")}
+NUMBERS = {
+    "inverse": "fp32",
+    "softcap": "fp32",
+    "cap": "fp32",
+    **dict.fromkeys(("vocabulary", "columns", "stride", "count", "length"), "i32"),
+}
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.bool: "*i1"}
 
 

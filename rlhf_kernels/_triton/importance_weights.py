@@ -75,7 +75,5 @@ def forward(logp: Tensor, rollout_logp: Tensor, mask: Tensor, cap: float, level:
     kernel, count = (tokens_kernel, logp.numel()) if by_token else (sequences_kernel, logp.shape[1])
     programs = triton.cdiv(count, BLOCK) if by_token else logp.shape[0]
     with _rows.device_of(logp):
-        kernel[(programs,)](
-            logp, rollout_logp, mask, out, float(cap), count, BLOCK=BLOCK, num_warps=_rows.WARPS
-        )
+        kernel[(programs,)](logp, rollout_logp, mask, out, float(cap), count, BLOCK=BLOCK, num_warps=_rows.WARPS)
     return out

@@ -35,7 +35,8 @@ def linear_policy_loss(
 
     hidden, weight, tokens, bias, lora, temperature, softcap and vocabulary_parallel are those of `linear_logprobs`;
     old_logp, advantages, clip_low, clip_high, dual_clip, surrogate, weights, kl, reduce and normalizer those of
-    `policy_loss`; `mask` is both's. The errors are theirs too, and the gradients reach what those of `linear_logprobs` do.
+    `policy_loss`; `mask` is both's. The errors are theirs too, and the gradients reach what those of `linear_logprobs`
+    do.
 
     This version composes the two. Computing the gradients inside the forward pass, and leaving out of every matrix
     product the rows that a zero advantage or the clip stops, is the fused kernel's work and comes with it.

@@ -92,6 +92,35 @@ MUTATIONS = [
         "((result.own - log_total) * inverse - result.shift)",
     ),
     Mutation(TORCH + "linear_logprobs.py", "no mask", "else x.masked_fill(~mask, 0)", "else x", path="triton"),
+    Mutation(TRITON + "policy_loss.py", "no mask", "tl.where(counted, new - old, 0.0), tl", "new - old, tl"),
+    Mutation(
+        TRITON + "policy_loss.py",
+        "GSPO's gradient is not shared out",
+        "ratio, (rising + falling) / count",
+        "ratio, rising + falling",
+    ),
+    Mutation(TRITON + "policy_loss.py", "bounds change places", "low, lower, tl", "low, upper, tl"),
+    Mutation(
+        TRITON + "policy_loss.py",
+        "no length in the entropy's gradient",
+        "value = value / tl.load(counts",
+        "tl.load(counts",
+    ),
+    Mutation(
+        TORCH + "policy_loss.py",
+        "the gate's temperatures change places",
+        "advantages > 0, form.positive",
+        "advantages < 0, form.positive",
+    ),
+    Mutation(TORCH + "policy_loss.py", "sign of the entropy", "loss - terms", "loss + terms"),
+    Mutation(TRITON + "importance_weights.py", "no mask", "tl.where(counted, new - old, 0.0)", "new - old"),
+    Mutation(TRITON + "importance_weights.py", "no cap", "weight > cap, cap", "weight > cap, weight"),
+    Mutation(
+        TORCH + "importance_weights.py",
+        "the ratio upside down",
+        "logp.to(dtype) - rollout_logp.to(dtype)",
+        "rollout_logp.to(dtype) - logp.to(dtype)",
+    ),
     Mutation(TRITON + "kl_estimate.py", "sign of the gradient", "(-value).to(ref_gradient", "value.to(ref_gradient"),
 ]
 
