@@ -111,17 +111,7 @@ def policy_loss(
     if weights is not None:
         weighted = weighted * _per_token(weights, logp, dtype)
     weighted = torch.where(mask, weighted, 0.0)
-    match form:
-        case Clip():
-            loss, low, high = _clipped(log_ratio, weighted, form, form.dual_clip)
-        case GSPO():
-            lengths = mask.sum(1, keepdim=True).clamp(min=1)
-            mean = log_ratio.sum(1, keepdim=True) / lengths
-            loss, low, high = _clipped(mean.expand_as(log_ratio), weighted, form)
-        case CISPO():
-            loss, low, high = _cispo(torch.where(mask, logp, 0.0), log_ratio, weighted, mask, form)
-        case SAPO():
-            loss, low, high = _sapo(log_ratio, weighted, form), None, None
+    loss, low, high = _surrogate(form, logp, log_ratio, weighted, mask)
     terms = {}
     if kl is not None:
         difference = torch.where(mask, logp - kl.ref_logp.detach().to(dtype), 0.0)
@@ -228,10 +218,25 @@ def _per_token(x: Tensor, logp: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dim() == logp.dim() else x[:, None]
 
 
+def _surrogate(
+    form: Clip | Surrogate, logp: Tensor, log_ratio: Tensor, advantages: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss of each token, and whether it is clipped below and above. log_ratio and advantages: 0 where masked."""
+    match form:
+        case Clip():
+            return _clipped(log_ratio, advantages, form, form.dual_clip)
+        case GSPO():
+            mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+            return _clipped(mean.expand_as(log_ratio), advantages, form)
+        case CISPO():
+            return _cispo(torch.where(mask, logp, 0.0), log_ratio, advantages, mask, form)
+        case SAPO():
+            return _sapo(log_ratio, advantages, form), None, None
+
+
 def _clipped(
     log_ratio: Tensor, advantages: Tensor, form: Clip | GSPO, dual_clip: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of each token, and whether it is clipped below and above."""
     ratio = log_ratio.detach().exp()
     low = (advantages < 0) & (ratio < 1 - form.clip_low)
     high = (advantages > 0) & (ratio > 1 + form.clip_high)

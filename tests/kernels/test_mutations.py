@@ -99,7 +99,6 @@ MUTATIONS = [
         "ratio, (rising + falling) / count",
         "ratio, rising + falling",
     ),
-    Mutation(TRITON + "policy_loss.py", "bounds change places", "low, lower, tl", "low, upper, tl"),
     Mutation(
         TRITON + "policy_loss.py",
         "no length in the entropy's gradient",
@@ -112,15 +111,8 @@ MUTATIONS = [
         "advantages > 0, form.positive",
         "advantages < 0, form.positive",
     ),
-    Mutation(TORCH + "policy_loss.py", "sign of the entropy", "loss - terms", "loss + terms"),
     Mutation(TRITON + "importance_weights.py", "no mask", "tl.where(counted, new - old, 0.0)", "new - old"),
     Mutation(TRITON + "importance_weights.py", "no cap", "weight > cap, cap", "weight > cap, weight"),
-    Mutation(
-        TORCH + "importance_weights.py",
-        "the ratio upside down",
-        "logp.to(dtype) - rollout_logp.to(dtype)",
-        "rollout_logp.to(dtype) - logp.to(dtype)",
-    ),
     Mutation(TRITON + "kl_estimate.py", "sign of the gradient", "(-value).to(ref_gradient", "value.to(ref_gradient"),
 ]
 
