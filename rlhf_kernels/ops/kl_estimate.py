@@ -42,11 +42,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, *, kind: Kind = "k1") -> Tensor:
         estimates: Tensor = twin.KLEstimate.apply(logp.contiguous(), ref_logp.contiguous(), kind)
         return estimates
     dtype = _check.accumulation_dtype(logp, ref_logp)
-    return of_difference(logp.to(dtype) - ref_logp.to(dtype), kind)
-
-
-def of_difference(difference: Tensor, kind: Kind) -> Tensor:
-    """The estimates for difference = logp - ref_logp."""
+    difference = logp.to(dtype) - ref_logp.to(dtype)
     match kind:
         case "k1":
             return difference

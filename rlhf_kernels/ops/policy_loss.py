@@ -1,15 +1,15 @@
 """The surrogate losses of PPO and its relatives, with a KL and an entropy term, from per-token log-probs."""
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from rlhf_kernels import backend
+from rlhf_kernels import _autograd, backend
 from rlhf_kernels.ops import _check
 from rlhf_kernels.ops._policy_terms import CISPO, GSPO, SAPO, Clip, EntropyTerm, KLTerm, Surrogate
-from rlhf_kernels.ops.kl_estimate import of_difference
+from rlhf_kernels.ops.kl_estimate import Kind
 from rlhf_kernels.ops.masked_mean import normalized
 
 Reduce = Literal["tokens", "sequences"]
@@ -79,8 +79,8 @@ def policy_loss(
         normalizer: a positive number or a 0-d tensor, not read by the host.
 
     Returns:
-        The loss, 0-d float32 (float64 if an input is), in the advantages' unit, and the metrics. Where the Triton
-        kernel runs, a double backward raises.
+        The loss, 0-d float32 (float64 if an input is), in the advantages' unit, and the metrics. A double backward
+        raises.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -105,24 +105,30 @@ def policy_loss(
         return _on_triton(logp, old_logp, advantages, mask, form, weights, kl, entropy, reduce, normalizer)
 
     dtype = _check.accumulation_dtype(*tensors)
-    logp = logp.to(dtype)  # once: what the terms add to its gradient is then rounded once
-    log_ratio = torch.where(mask, logp - old_logp.detach().to(dtype), 0.0)
-    weighted = _per_token(advantages, logp, dtype)
-    if weights is not None:
-        weighted = weighted * _per_token(weights, logp, dtype)
-    weighted = torch.where(mask, weighted, 0.0)
-    loss, low, high = _surrogate(form, logp, log_ratio, weighted, mask)
     terms = {}
-    if kl is not None:
-        difference = torch.where(mask, logp - kl.ref_logp.detach().to(dtype), 0.0)
-        terms["kl"] = of_difference(difference, kl.kind)
-        if kl.coefficient:
-            loss = loss + terms["kl"] * kl.coefficient
+    with torch.no_grad():
+        wide = logp.to(dtype)
+        log_ratio = torch.where(mask, wide - old_logp.to(dtype), 0.0)
+        weighted = _per_token(advantages, logp, dtype)
+        if weights is not None:
+            weighted = weighted * _per_token(weights, logp, dtype)
+        weighted = torch.where(mask, weighted, 0.0)
+        losses, slope, low, high = _surrogate(form, wide, log_ratio, weighted, mask)
+        if kl is not None:
+            difference = torch.where(mask, wide - kl.ref_logp.to(dtype), 0.0)
+            terms["kl"], kl_slope = _kl(difference, mask, kl.kind)
+            if kl.coefficient:
+                losses = losses + terms["kl"] * kl.coefficient
+                slope = slope + kl_slope * kl.coefficient
+    total = _Sum.apply(logp, losses, slope, reduce == "sequences")
     if entropy is not None:
         terms["entropy"] = torch.where(mask, entropy.entropy.to(dtype), 0.0)
         if entropy.coefficient:
-            loss = loss - terms["entropy"] * entropy.coefficient
-    return PolicyLoss(_reduced(loss, mask, reduce, normalizer), _metrics(log_ratio, low, high, mask, terms))
+            bonus = terms["entropy"].sum(1) if reduce == "sequences" else terms["entropy"].sum()
+            total = total - bonus * entropy.coefficient
+    count = mask.sum()
+    loss = _normalized(total, mask, count, normalizer)
+    return PolicyLoss(loss, _metrics(log_ratio, low, high, mask, count, terms))
 
 
 def _on_triton(
@@ -220,73 +226,105 @@ def _per_token(x: Tensor, logp: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _surrogate(
     form: Clip | Surrogate, logp: Tensor, log_ratio: Tensor, advantages: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss of each token, and whether it is clipped below and above. log_ratio and advantages: 0 where masked."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The loss of each token, the derivative of their sum (of a row's, with GSPO) by logp, and which are clipped below
+    and above. log_ratio and advantages: 0 where masked."""
     match form:
         case Clip():
             return _clipped(log_ratio, advantages, form, form.dual_clip)
         case GSPO():
-            mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-            return _clipped(mean.expand_as(log_ratio), advantages, form)
+            length = mask.sum(1, keepdim=True).clamp(min=1)
+            losses, slope, low, high = _clipped(log_ratio.sum(1, keepdim=True) / length, advantages, form)
+            return losses, torch.where(mask, slope.sum(1, keepdim=True) / length, 0.0), low, high
         case CISPO():
-            return _cispo(torch.where(mask, logp, 0.0), log_ratio, advantages, mask, form)
+            return _cispo(logp, log_ratio, advantages, mask, form)
         case SAPO():
-            return _sapo(log_ratio, advantages, form), None, None
+            return *_sapo(log_ratio, advantages, form), None, None
 
 
 def _clipped(
     log_ratio: Tensor, advantages: Tensor, form: Clip | GSPO, dual_clip: float | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    ratio = log_ratio.detach().exp()
-    low = (advantages < 0) & (ratio < 1 - form.clip_low)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ratio = log_ratio.exp()
+    falling = advantages < 0
+    low = falling & (ratio < 1 - form.clip_low)
     high = (advantages > 0) & (ratio > 1 + form.clip_high)
+    constant = low | high
     bound = ratio.clamp(1 - form.clip_low, 1 + form.clip_high)
-    idle = advantages == 0
-    constant = low | high | idle
     if dual_clip is not None:
-        capped = (advantages < 0) & (ratio > dual_clip)
+        capped = falling & (ratio > dual_clip)
         bound = torch.where(capped, dual_clip, bound)
-        constant = constant | capped
-    # A constant token's exponential is never taken, so that its gradient is 0 and not 0 * inf.
-    used_ratio = torch.where(constant, bound, torch.where(constant, 0.0, log_ratio).exp())
-    return torch.where(idle, 0.0, -advantages * used_ratio), low, high
+        constant |= capped
+    slope = -advantages * ratio
+    losses = torch.where(constant, -advantages * bound, slope)
+    idle = advantages == 0  # there a ratio that overflows gives 0 * inf
+    return losses.masked_fill_(idle, 0), slope.masked_fill_(constant | idle, 0), low, high
 
 
 def _cispo(
     logp: Tensor, log_ratio: Tensor, advantages: Tensor, mask: Tensor, form: CISPO
-) -> tuple[Tensor, Tensor, Tensor]:
-    ratio = log_ratio.detach().exp()
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ratio = log_ratio.exp()
     lower, upper = 1 - (1 if form.clip_low is None else form.clip_low), 1 + form.clip_high
-    coefficient = -advantages * ratio.clamp(lower, upper)
-    # A token of probability 0 under either policy has the weight 0: 0 * -inf is none of its business.
-    idle = (advantages == 0) | (coefficient == 0)
-    loss = torch.where(idle, 0.0, coefficient) * torch.where(idle, 0.0, logp)
-    return loss, mask & (ratio < lower), mask & (ratio > upper)
+    slope = -advantages * ratio.clamp(lower, upper)
+    # A token of probability 0 under the policy has the weight 0: 0 * -inf is none of its business.
+    idle = (advantages == 0) | (slope == 0)
+    slope = slope.masked_fill_(idle, 0)
+    return slope * logp.masked_fill(idle, 0), slope, mask & (ratio < lower), mask & (ratio > upper)
 
 
-def _sapo(log_ratio: Tensor, advantages: Tensor, form: SAPO) -> Tensor:
+def _sapo(log_ratio: Tensor, advantages: Tensor, form: SAPO) -> tuple[Tensor, Tensor]:
     tau = torch.where(advantages > 0, form.positive, form.negative).to(log_ratio.dtype)
-    idle = advantages == 0
+    x = tau * torch.expm1(log_ratio)
+    gate, ratio = torch.sigmoid(x), log_ratio.exp()
+    slope = -4 * advantages * gate * torch.sigmoid(-x) * ratio
     # Where the ratio overflows the gate is full, and its gradient 0 and not 0 * inf.
-    full = (log_ratio.detach().exp() == math.inf) & ~idle
-    distance = torch.expm1(torch.where(full | idle, 0.0, log_ratio))
-    gate = torch.where(full, 1.0, torch.sigmoid(tau * distance))
-    return torch.where(idle, 0.0, -advantages * (4 / tau) * gate)
+    idle = advantages == 0
+    slope.masked_fill_(idle | (ratio == math.inf), 0)
+    return (-4 * advantages / tau * gate).masked_fill_(idle, 0), slope
 
 
-def _reduced(per_token: Tensor, mask: Tensor, reduce: Reduce, normalizer: float | Tensor | None) -> Tensor:
-    if reduce == "tokens":
-        return normalized(per_token.sum(), mask.sum(), normalizer)
+def _kl(difference: Tensor, mask: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+    """`kl_estimate` of difference = logp - ref_logp, 0 where masked, and its derivative by logp."""
+    match kind:
+        case "k1":
+            return difference, mask.to(difference.dtype)
+        case "k2":
+            return difference.square() / 2, difference
+        case "k3":
+            beyond = torch.expm1(-difference)
+            return beyond + difference, -beyond
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of the losses, or of each row of them, whose derivatives by logp are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, logp: Tensor, losses: Tensor, slope: Tensor, by_row: bool) -> Tensor:
+        ctx.save_for_backward(logp, slope)
+        ctx.by_row = by_row
+        return losses.sum(1) if by_row else losses.sum()
+
+    @staticmethod
+    @_autograd.differentiable_once
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        logp, slope = ctx.saved_tensors
+        gradient = slope * (upstream[:, None] if ctx.by_row else upstream)
+        return gradient.to(logp.dtype), None, None, None
+
+
+def _normalized(total: Tensor, mask: Tensor, count: Tensor, normalizer: float | Tensor | None) -> Tensor:
+    """total: over all tokens, or of each row."""
+    if total.dim() == 0:
+        return normalized(total, count, normalizer)
     lengths = mask.sum(1)
-    means = per_token.sum(1) / lengths.clamp(min=1)
-    return normalized(means.sum(), (lengths > 0).sum(), normalizer)
+    return normalized((total / lengths.clamp(min=1)).sum(), (lengths > 0).sum(), normalizer)
 
 
 @torch.no_grad()
 def _metrics(
-    log_ratio: Tensor, low: Tensor | None, high: Tensor | None, mask: Tensor, terms: dict[str, Tensor]
+    log_ratio: Tensor, low: Tensor | None, high: Tensor | None, mask: Tensor, number: Tensor, terms: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    number = mask.sum()
     count = number.clamp(min=1)
     clips = {}
     if low is not None and high is not None:
@@ -296,16 +334,16 @@ def _metrics(
             "clip_fraction_low": low_share,
             "clip_fraction_high": high_share,
         }
-    counted = torch.where(mask, log_ratio, -torch.inf)
+    counted = log_ratio.masked_fill(~mask, -torch.inf)
     largest = counted.amax() if counted.numel() else counted.new_tensor(-torch.inf)
     # Weights relative to the largest neither overflow nor all vanish: their squares add up to at least 1.
-    weight = torch.where(mask, (counted - largest.clamp(min=torch.finfo(counted.dtype).min)).exp(), 0.0)
+    weight = (counted - largest.clamp(min=torch.finfo(counted.dtype).min)).exp_()
     beyond = torch.expm1(log_ratio)
     return {
         **clips,
         "ratio_mean": (number + beyond.sum()) / count,
         "ratio_max": largest.exp(),
         "approx_kl": (beyond - log_ratio).sum() / count,
-        "effective_sample_size": weight.sum().square() / (count * weight.square().sum().clamp(min=1)),
+        "effective_sample_size": weight.sum().square() / (count * weight.square_().sum().clamp(min=1)),
         **{name: x.sum() / count for name, x in terms.items()},
     }
