@@ -83,13 +83,15 @@ def policy_loss(
         raises.
 
     Raises:
-        TypeError: an argument has the wrong dtype.
+        TypeError: an argument has the wrong type or dtype.
         ValueError: shapes that do not fit, an option outside its range, a clip beside a surrogate, or a normaliser
             that is not positive.
 
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7; Ye et al. 2020,
     "Mastering Complex Control in MOBA Games", equation 5 (dual clip); Yu et al. 2025, "DAPO" (clip_high).
     """
+    if surrogate is not None and not isinstance(surrogate, Surrogate):
+        raise TypeError(f"surrogate must be CISPO(...), GSPO(...) or SAPO(...), got {type(surrogate).__name__}")
     if surrogate is not None and (clip_low, clip_high, dual_clip) != PPO_CLIPS:
         raise ValueError(
             f"clip_low, clip_high and dual_clip are those of PPO; {type(surrogate).__name__} has its own: "

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +18,16 @@ SURROGATES = [
     SAPO(positive=0.7, negative=2.0),
 ]
 REDUCTIONS = ["tokens", "sequences"]
+
+
+@pytest.fixture(params=["host", "triton"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Two of the three paths: this operation never looks at values on the host."""
+    if request.param == "host":
+        yield "host"
+        return
+    with backend.using("triton"), torch.device("cpu" if INTERPRETED else "cuda"):
+        yield "triton"
 
 
 def example(seed: int, rows: int, length: int, spread: float = 0.5, dtype=torch.float64):
@@ -570,6 +581,7 @@ M = X.bool()
         (ValueError, r"needs logp \[B, T\]", (X[0], X[0], X[0], M[0]), {"reduce": "sequences"}),
         (ValueError, "normalizer must be positive, got 0", (X, X, X, M), {"normalizer": 0}),
         (ValueError, "0-d tensor", (X, X, X, M), {"normalizer": X[0]}),
+        (TypeError, r"surrogate must be CISPO\(...\).*got str", (X, X, X, M), {"surrogate": "gspo"}),
         (ValueError, "GSPO has its own", (X, X, X, M), {"surrogate": GSPO(), "clip_low": 0.1}),
         (ValueError, r"GSPO needs logp \[B, T\], got shape \[3\]", (X[0], X[0], X[0], M[0]), {"surrogate": GSPO()}),
         (ValueError, r"weights has shape \[3\], but logp has \[2, 3\]", (X, X, X, M), {"weights": X[0]}),
