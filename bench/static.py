@@ -27,10 +27,12 @@ from rlhf_kernels._triton import (
     _scan,
     exact_kl,
     gae,
+    importance_weights,
     kl_estimate,
     linear_logprobs,
     masked_mean,
     masked_whiten,
+    policy_loss,
     shaped_gae,
     token_logprobs,
     value_loss,
@@ -49,7 +51,8 @@ MOST_SHARED = 16 * 1024
 # The numbers that a kernel does not annotate. The sizes among them, such as 151,936, are multiples of 16.
 NUMBERS = {
     **dict.fromkeys(("inverse", "softcap", "gamma", "lam", "beta", "clip", "rho_clip", "c_clip"), "fp32"),
-    **dict.fromkeys(("vocabulary", "columns", "stride", "count", "programs", "tokens"), "i32"),
+    **dict.fromkeys(("cap", "first", "second", "dual", "kl_coefficient", "entropy_coefficient"), "fp32"),
+    **dict.fromkeys(("vocabulary", "columns", "stride", "count", "programs", "tokens", "length"), "i32"),
 }
 POINTER = {
     torch.float32: "*fp32",
@@ -113,6 +116,8 @@ def cases() -> Iterator[Case]:
         yield from value_loss_cases(dtype)
         yield from group_cases(dtype)
         yield from scan_cases(dtype)
+        yield from policy_loss_cases(dtype)
+        yield from importance_weights_cases(dtype)
 
 
 def token_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iterator[Case]:
@@ -365,6 +370,77 @@ def scan_cases(dtype: torch.dtype) -> Iterator[Case]:
         moved=9,
         least=9,
     )
+
+
+def policy_loss_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Log-probs, entropies and weights in the dtype, advantages in float32, as everything that is written."""
+    names = ("logp", "old_logp", "ref_logp", "entropy", "weights", "entropy_gradient")
+    pointers = {**dict.fromkeys(names, dtype), "mask": torch.bool}
+    shared = {"WEIGHTED": True, "ADVANTAGE_OF_ROW": False, "WEIGHT_OF_ROW": False, "BLOCK": policy_loss.TILE}
+    terms = {"KL": "k3", "ENTROPY": True, "GRADIENT": True, "ROWS": 1, "STEP": policy_loss.STEP}
+    label, size = str(dtype).removeprefix("torch."), 5 * dtype.itemsize + 9
+    # Three programs then fit a multiprocessor: with all terms 56 KiB of loads are in flight, as much as elsewhere.
+    most_registers = 160
+    forms = [("Clip", False), ("CISPO", False), ("GSPO", True), ("SAPO", False)]
+    for form, sequences in forms if dtype == torch.float32 else [("Clip", True)]:
+        # A row of one tile is read once; the sums of a longer one come from a reading before.
+        flags = {"FORM": form, "SEQUENCES": sequences, "PIECES": form == "GSPO"}
+        made = case(
+            f"policy_loss forward ({form}{', sequences' if sequences else ''}, {label})",
+            policy_loss.forward_kernel,
+            pointers,
+            {**shared, **terms, **flags},
+            _rows.WARPS,
+            moved=size,
+            least=size,
+        )
+        yield replace(made, most_registers=most_registers)
+    yield case(
+        f"policy_loss rows ({label})",
+        policy_loss.rows_kernel,
+        pointers,
+        shared,
+        _rows.WARPS,
+        moved=3 * dtype.itemsize + 5,
+        least=3 * dtype.itemsize + 5,
+    )
+    yield case(
+        f"policy_loss merge ({label})",
+        policy_loss.merge_kernel,
+        {"normalizer_tensor": torch.int64},
+        {"HOW": "tensor", "SEQUENCES": True, "STEP": policy_loss.MERGED},
+        _rows.WARPS,
+        moved=0,
+        least=0,
+        wide=False,
+    )
+    yield case(
+        f"policy_loss backward ({label})",
+        policy_loss.backward_kernel,
+        {**pointers, "gradient": dtype},
+        {"SEQUENCES": True, "GRADIENT": True, "ENTROPY": True, "ROWS": 1, "BLOCK": policy_loss.TILE},
+        _rows.WARPS,
+        moved=2 * dtype.itemsize + 5,
+        least=2 * dtype.itemsize + 5,
+    )
+
+
+def importance_weights_cases(dtype: torch.dtype) -> Iterator[Case]:
+    pointers = {"logp": dtype, "rollout_logp": dtype, "mask": torch.bool}
+    label, size = str(dtype).removeprefix("torch."), 2 * dtype.itemsize + 1
+    for level, kernel, written in (
+        ("token", importance_weights.tokens_kernel, 4),
+        ("sequence", importance_weights.sequences_kernel, 0),
+    ):
+        yield case(
+            f"importance_weights {level} ({label})",
+            kernel,
+            pointers,
+            {"BLOCK": importance_weights.BLOCK},
+            _rows.WARPS,
+            moved=size + written,
+            least=size + written,
+        )
 
 
 def case(

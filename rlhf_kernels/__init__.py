@@ -6,10 +6,12 @@ operation means stands in its docstring, `rlhf_kernels/ops/<name>.py`. What runs
 """
 
 from rlhf_kernels._vocabulary_parallel import VocabularySlice
+from rlhf_kernels.ops._policy_terms import CISPO, GSPO, SAPO, EntropyTerm, KLTerm
 from rlhf_kernels.ops.discounted_returns import discounted_returns
 from rlhf_kernels.ops.exact_kl import exact_kl
 from rlhf_kernels.ops.gae import Advantages, gae
 from rlhf_kernels.ops.group_advantages import group_advantages
+from rlhf_kernels.ops.importance_weights import importance_weights
 from rlhf_kernels.ops.kl_estimate import kl_estimate
 from rlhf_kernels.ops.leave_one_out import leave_one_out
 from rlhf_kernels.ops.linear_logprobs import linear_logprobs
@@ -24,7 +26,12 @@ from rlhf_kernels.ops.value_loss import value_loss
 from rlhf_kernels.ops.vtrace import vtrace
 
 __all__ = [
+    "CISPO",
+    "GSPO",
+    "SAPO",
     "Advantages",
+    "EntropyTerm",
+    "KLTerm",
     "LogProbs",
     "PolicyLoss",
     "ShapedAdvantages",
@@ -34,6 +41,7 @@ __all__ = [
     "exact_kl",
     "gae",
     "group_advantages",
+    "importance_weights",
     "kl_estimate",
     "leave_one_out",
     "linear_logprobs",

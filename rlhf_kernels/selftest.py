@@ -128,6 +128,19 @@ def _of_tokens(call: Callable[..., Any], count: int) -> Callable[..., Any]:
     return run
 
 
+def _policy_loss(a: Tensor, b: Tensor, adv: Tensor, ref: Tensor, h: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """With every term, per token and per sequence."""
+    terms: dict[str, Any] = {
+        "kl": kernels.KLTerm(ref_logp=ref.detach(), coefficient=0.1),
+        "entropy": kernels.EntropyTerm(entropy=h, coefficient=0.1),
+        "weights": kernels.importance_weights(a, b, mask),
+    }
+    surrogates = (None, kernels.CISPO(clip_high=1.0), kernels.SAPO(), kernels.GSPO(clip_low=0.5, clip_high=0.5))
+    results = [kernels.policy_loss(a, b, adv, mask, surrogate=surrogate, **terms) for surrogate in surrogates]
+    results.append(kernels.policy_loss(a, b, adv, mask, reduce="sequences", **terms))
+    return tuple(x for loss, metrics in results for x in (loss, *metrics.values()))
+
+
 def _of_groups(call: Callable[..., Tensor]) -> Callable[..., Any]:
     def run(leaf: Any, tokens: Tensor, mask: Tensor, groups: Tensor) -> Any:
         return (call(leaf(4).detach(), groups),), ()
@@ -156,7 +169,8 @@ CALLS: dict[str, Callable[..., Any]] = {
         lambda a, b, mask: kernels.returns_to_go(a.detach()[:, 0], a.detach(), b.detach(), mask, beta=0.1, whiten=True),
         2,
     ),
-    "policy_loss": _of_tokens(lambda a, b, adv, mask: kernels.policy_loss(a, b.detach(), adv.detach(), mask).loss, 3),
+    "importance_weights": _of_tokens(lambda a, b, mask: kernels.importance_weights(a, b, mask), 2),
+    "policy_loss": _of_tokens(_policy_loss, 5),
     "value_loss": _of_tokens(lambda a, b, returns, mask: kernels.value_loss(a, b.detach(), returns.detach(), mask), 3),
     "masked_mean": _of_tokens(lambda x, mask: kernels.masked_mean(x, mask), 1),
     "masked_whiten": _of_tokens(lambda x, mask: kernels.masked_whiten(x, mask), 1),

@@ -40,6 +40,18 @@ def estimate(d, KIND: tl.constexpr):
 
 
 @triton.jit
+def slope(d, KIND: tl.constexpr):
+    """Its derivative by d: 1, d, or 1 - exp(-d)."""
+    if KIND == "k1":
+        value = d * 0 + 1
+    elif KIND == "k2":
+        value = d
+    else:
+        value = tl.where(tl.abs(d) < 1, d - d * d * over_square(-d), 1 - tl.exp(-d))
+    return value
+
+
+@triton.jit
 def forward_kernel(
     logp,  # [count]
     ref_logp,  # [count]
@@ -74,10 +86,7 @@ def backward_kernel(
     value = tl.load(upstream + at, mask=inside)
     if KIND != "k1":
         d = tl.load(logp + at, mask=inside).to(tl.float32) - tl.load(ref_logp + at, mask=inside).to(tl.float32)
-        if KIND == "k2":
-            value *= d
-        else:
-            value *= tl.where(tl.abs(d) < 1, d - d * d * over_square(-d), 1 - tl.exp(-d))
+        value *= slope(d, KIND)
     if WANTS:
         tl.store(gradient + at, value.to(gradient.dtype.element_ty), mask=inside)
     if WANTS_REF:

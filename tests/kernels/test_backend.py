@@ -52,6 +52,7 @@ CALLS = {
     "exact_kl": lambda f, x, i, m: f(x, x),
     "linear_policy_loss": lambda f, x, i, m: f(x, x, i, x[0], x[0], m),
     "policy_loss": lambda f, x, i, m: f(x[0], x[0], x[0], m),
+    "importance_weights": lambda f, x, i, m: f(x[0], x[0], m),
     "value_loss": lambda f, x, i, m: f(x[0], x[0], x[0], m),
     "gae": lambda f, x, i, m: f(x, x, x > 0),
     "shaped_gae": lambda f, x, i, m: f(x[0], x, x, x, x > 0, beta=0.1),

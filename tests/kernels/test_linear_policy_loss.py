@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_kernels import linear_logprobs, linear_policy_loss, policy_loss
+from rlhf_kernels import CISPO, KLTerm, linear_logprobs, linear_policy_loss, policy_loss
 
 
 def example() -> dict[str, Tensor]:
@@ -52,7 +52,15 @@ def test_loss_and_gradients_match_the_textbook(clips: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"reduce": "sequences"}, {"normalizer": 7.0}, {"clip_low": 0.0, "clip_high": 0.5, "dual_clip": 3.0}]
+    "options",
+    [
+        {"reduce": "sequences"},
+        {"normalizer": 7.0},
+        {"clip_low": 0.0, "clip_high": 0.5, "dual_clip": 3.0},
+        {"surrogate": CISPO(clip_high=0.3), "weights": torch.rand(6, generator=torch.Generator().manual_seed(0))},
+        {"kl": KLTerm(ref_logp=torch.full((6, 9), -3.0), coefficient=0.1)},
+    ],
+    ids=str,
 )
 def test_every_option_reaches_policy_loss(options: dict) -> None:
     batch = example()

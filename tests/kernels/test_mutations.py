@@ -124,6 +124,27 @@ MUTATIONS = [
     Mutation(
         TORCH + "vtrace.py", "advantages from V, not vs", "gamma * reaching - values", "gamma * next_value - values"
     ),
+    Mutation(TRITON + "policy_loss.py", "no mask", "tl.where(counted, new - old, 0.0), tl", "new - old, tl"),
+    Mutation(
+        TRITON + "policy_loss.py",
+        "GSPO's gradient is not shared out",
+        "ratio, (rising + falling) / count",
+        "ratio, rising + falling",
+    ),
+    Mutation(
+        TRITON + "policy_loss.py",
+        "no length in the entropy's gradient",
+        "value = value / tl.load(counts",
+        "tl.load(counts",
+    ),
+    Mutation(
+        TORCH + "policy_loss.py",
+        "the gate's temperatures change places",
+        "advantages > 0, form.positive",
+        "advantages < 0, form.positive",
+    ),
+    Mutation(TRITON + "importance_weights.py", "no mask", "tl.where(counted, new - old, 0.0)", "new - old"),
+    Mutation(TRITON + "importance_weights.py", "no cap", "weight > cap, cap", "weight > cap, weight"),
     Mutation(TRITON + "kl_estimate.py", "sign of the gradient", "(-value).to(ref_gradient", "value.to(ref_gradient"),
     Mutation(TRITON + "_moments.py", "blocks of other means", "+ apart * apart * count_a * share", ""),
     Mutation(TRITON + "masked_whiten.py", "the mean gets no gradient", "scale * upstream_mean", "0.0 * upstream_mean"),
