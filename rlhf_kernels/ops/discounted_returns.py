@@ -44,7 +44,7 @@ def discounted_returns(
         from rlhf_kernels._triton import discounted_returns as twin
 
         run = twin.operator if torch.compiler.is_compiling() else twin.forward
-        result: Tensor = run(rewards, mask, bootstrap, cu_seqlens, gamma)
+        result: Tensor = run(rewards, mask, bootstrap, cu_seqlens, float(gamma))
         return result
     rewards = rewards.to(_check.accumulation_dtype(rewards))
     zero = rewards.new_zeros(()).expand_as(rewards)

@@ -71,7 +71,7 @@ def gae(
         from rlhf_kernels._triton import gae as twin
 
         run = twin.operator if torch.compiler.is_compiling() else twin.forward
-        return Advantages(*run(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam))
+        return Advantages(*run(rewards, values, mask, bootstrap, cu_seqlens, float(gamma), float(lam)))
     dtype = _check.accumulation_dtype(rewards, values)
     values, returns = lambda_returns(
         rewards.to(dtype), values.to(dtype), mask, gamma=gamma, lam=lam, bootstrap=bootstrap, cu_seqlens=cu_seqlens

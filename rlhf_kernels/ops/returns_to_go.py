@@ -74,7 +74,9 @@ def returns_to_go(
 
         run = twin.operator if torch.compiler.is_compiling() else twin.forward
         clip = math.inf if reward_clip is None else float(reward_clip)
-        return ShapedReturns(*run(scores, logp, ref_logp, mask, cu_seqlens, float(beta), kind, gamma, clip, whiten))
+        return ShapedReturns(
+            *run(scores, logp, ref_logp, mask, cu_seqlens, float(beta), kind, float(gamma), clip, whiten)
+        )
     dtype = _check.accumulation_dtype(scores, logp, ref_logp)
     rewards, kl = shaped_rewards(scores.to(dtype), logp, ref_logp, mask, cu_seqlens, beta, kind, reward_clip)
     returns = discounted_returns(rewards, mask, gamma=gamma, cu_seqlens=cu_seqlens)

@@ -80,7 +80,7 @@ def shaped_gae(
 
         run = twin.operator if torch.compiler.is_compiling() else twin.forward
         clip = math.inf if reward_clip is None else float(reward_clip)
-        numbers = (float(beta), kind, gamma, lam, clip, whiten)
+        numbers = (float(beta), kind, float(gamma), float(lam), clip, whiten)
         return ShapedAdvantages(*run(scores, logp, ref_logp, values, mask, cu_seqlens, *numbers))
     dtype = _check.accumulation_dtype(scores, logp, ref_logp, values)
     rewards, kl = shaped_rewards(scores.to(dtype), logp, ref_logp, mask, cu_seqlens, beta, kind, reward_clip)

@@ -70,7 +70,7 @@ def vtrace(
         from rlhf_kernels._triton import vtrace as twin
 
         run = twin.operator if torch.compiler.is_compiling() else twin.forward
-        rest = (mask, bootstrap, cu_seqlens, gamma, lam, float(rho_clip), float(c_clip))
+        rest = (mask, bootstrap, cu_seqlens, float(gamma), float(lam), float(rho_clip), float(c_clip))
         return Advantages(*run(rewards, values, logp, old_logp, *rest))
     dtype = _check.accumulation_dtype(*tokens.values())
     rewards, values, logp, old_logp = (torch.where(mask, x.to(dtype), 0.0) for x in tokens.values())

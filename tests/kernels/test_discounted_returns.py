@@ -47,7 +47,9 @@ def test_empty(shape, path):
 @pytest.mark.parametrize("path", ["triton"], indirect=True)
 def test_compiles_as_one_graph(path, small_tiles):
     rewards, mask = torch.randn(2, 20), torch.rand(2, 20) < 0.6
-    compiled = torch.compile(discounted_returns, fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda *inputs, **options: discounted_returns(*inputs, **options), fullgraph=True, backend="eager"
+    )
     assert torch.equal(compiled(rewards, mask, gamma=0.9), discounted_returns(rewards, mask, gamma=0.9))
 
 

@@ -86,7 +86,9 @@ def test_by_hand(path):
 @pytest.mark.parametrize("path", ["triton"], indirect=True)
 def test_compiles_as_one_graph(path, small_tiles):
     inputs = example(1, 2, 20, torch.float32)
-    compiled = torch.compile(returns_to_go, fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda *inputs, **options: returns_to_go(*inputs, **options), fullgraph=True, backend="eager"
+    )
     expected = returns_to_go(*inputs, beta=0.1, whiten=True)
     assert all(torch.equal(a, b) for a, b in zip(compiled(*inputs, beta=0.1, whiten=True), expected, strict=True))
 

@@ -186,7 +186,7 @@ def test_empty(shape, path):
 @pytest.mark.parametrize("path", ["device", "triton"], indirect=True)
 def test_compiles_without_a_graph_break(path, small_tiles):
     scores, *tokens, mask = example(2, 4, 20, torch.float32)
-    compiled = torch.compile(shaped_gae, fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda *inputs, **options: shaped_gae(*inputs, **options), fullgraph=True, backend="eager")
     flat, cu_seqlens = packed([20] * 4, *tokens, mask)
     for inputs, packing in (((*tokens, mask), None), (flat, cu_seqlens)):
         expected = shaped_gae(scores, *inputs, beta=0.1, whiten=True, cu_seqlens=packing)

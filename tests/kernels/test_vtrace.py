@@ -122,7 +122,7 @@ def test_empty(shape, path):
 @pytest.mark.parametrize("path", ["device", "triton"], indirect=True)
 def test_compiles_as_one_graph(path, small_tiles):
     tokens, mask, bootstrap = example(5, 2, 12)
-    compiled = torch.compile(vtrace, fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda *inputs, **options: vtrace(*inputs, **options), fullgraph=True, backend="eager")
     expected = vtrace(*tokens, mask, bootstrap=bootstrap)
     torch.testing.assert_close(compiled(*tokens, mask, bootstrap=bootstrap), expected, atol=1e-6, rtol=0)
 
