@@ -413,14 +413,14 @@ def case(
     least: float,
     wide: bool = True,
 ) -> Case:
-    """The types of the arguments: constants as given, numbers as annotated, a pointer to float32 for all others."""
+    """The types of the arguments: constants as given, numbers as annotated or named, a pointer to float32 for all others."""
     signature = {}
     for parameter in kernel.params:
         if parameter.name in constants:
             signature[parameter.name] = "constexpr"
         elif parameter.annotation_type:
             signature[parameter.name] = parameter.annotation_type
-        elif parameter.name in NUMBERS:
+        elif parameter.name in NUMBERS and parameter.name not in pointers:
             signature[parameter.name] = NUMBERS[parameter.name]
         else:
             signature[parameter.name] = POINTER[pointers.get(parameter.name, torch.float32)]

@@ -141,7 +141,7 @@ def whiten_kernel(
 ):
     """(x - mean) / sqrt(population variance + EPS) where counted, every num_programs-th block."""
     count, mean, squares = _moments.load_merged(figures, programs, COLUMNS)
-    scale = 1.0 / tl.sqrt(squares / tl.maximum(count, 1.0) + EPS)
+    scale = 1.0 / tl.sqrt(_moments.per_entry(squares, count) + EPS)
     for block in range(tl.program_id(0), tl.cdiv(tokens, BLOCK), tl.num_programs(0)):
         at = _moments.entries_of(block, BLOCK)
         counts = tl.load(mask + at, mask=at < tokens, other=0) != 0
