@@ -4,10 +4,12 @@ A copy of the package is changed in one place, and a few quick tests, which are 
 a process of their own.
 """
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,15 +169,52 @@ MUTATIONS = [
 ]
 
 
-def verdict(root: Path, file: str, expression: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", file, "-k", expression],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+# What every process would import first, and what takes most of its time, is imported once; each process is a fork.
+SERVER = """
+import json, os, sys
+import hypothesis, numpy, pytest, torch
+try:
+    import triton, triton.language
+except ImportError:
+    pass
+for line in sys.stdin:
+    *arguments, output = json.loads(line)
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    for stream in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    code = pytest.main(arguments)
+    sys.stdout.flush()
+    os._exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def verdict(copy: Path) -> Iterator[Callable[[str, str], tuple[int, str]]]:
+    """Runs the tests of a file that an expression picks, in a fresh process: (pytest's exit code, what it printed)."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        cwd=copy,
+        env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
+    assert server.stdin is not None and server.stdout is not None
+
+    def ask(file: str, expression: str) -> tuple[int, str]:
+        output = copy / "output"
+        output.unlink(missing_ok=True)
+        request = ["-x", "-q", "-p", "no:cacheprovider", file, "-k", expression, str(output)]
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline()), output.read_text("utf-8")
+
+    yield ask
+    server.stdin.close()
+    server.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -189,14 +228,14 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
-def test_a_change_for_the_worse_turns_a_test_red(copy: Path, mutation: Mutation) -> None:
+def test_a_change_for_the_worse_turns_a_test_red(copy: Path, verdict: Callable, mutation: Mutation) -> None:
     file = copy / mutation.file
     text = file.read_text("utf-8")
     assert mutation.before in text, "the source has moved on: mend this list"
     try:
         file.write_text(text.replace(mutation.before, mutation.after), "utf-8")
-        done = verdict(copy, *mutation.tests)
+        code, output = verdict(*mutation.tests)
     finally:
         file.write_text(text, "utf-8")
-    assert done.returncode == 1, done.stdout[-3000:]
-    assert " failed" in done.stdout
+    assert code == 1, output[-3000:]
+    assert " failed" in output
