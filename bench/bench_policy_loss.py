@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench import formulas
-from bench.timing import header, interleave, ratios
+from bench.timing import Verdict, interleave, print_verdicts, verdict
 from rlhf_kernels import GSPO, KLTerm, policy_loss
 
 SHAPES = [(8, 64), (32, 256), (64, 1024), (4, 16_384)]
@@ -163,24 +163,19 @@ def error(case: Case, function: Callable[..., Tensor]) -> float:
     return abs(float(function(case.form, **batch).double() - exact)) / float(batch["advantages"].abs().mean())
 
 
-def measure(case: Case, rounds: int) -> tuple[str, float, dict[str, float]]:
-    """The fastest rival, its time over ours (paired, median), and the milliseconds of all (median wall time)."""
+def measure(case: Case, rounds: int) -> Verdict:
+    """Everybody's times, once ours is known to be right."""
     wrong = error(case, ours)
     if not wrong <= ALLOWED:
         raise AssertionError(f"{case}: ours is off by {wrong:.1e}, {ALLOWED:.0e} is allowed")
-    timings = interleave({name: step(case, function) for name, function in CONTESTANTS.items()}, rounds)
-    over_ours = {name: ratios(timings["ours"].wall, timing.wall)[0] for name, timing in timings.items()}
-    del over_ours["ours"]
-    best = min(over_ours, key=over_ours.__getitem__)
-    milliseconds = {name: 1e3 * sorted(timing.wall)[len(timing.wall) // 2] for name, timing in timings.items()}
-    return best, over_ours[best], milliseconds
+    return verdict(interleave({name: step(case, function) for name, function in CONTESTANTS.items()}, rounds))
 
 
 @pytest.mark.parametrize("case", list(cases(SHAPES[:2])), ids=str)
 def test_policy_loss(case: Case, benchmark: object) -> None:
-    best, ratio, _ = measure(case, rounds=15)
+    found = measure(case, rounds=15)
     benchmark.group = str(case)  # type: ignore[attr-defined]
-    benchmark.extra_info["best rival over ours"] = f"{best}: {ratio:.2f}"  # type: ignore[attr-defined]
+    benchmark.extra_info["best rival over ours"] = f"{found.best}: {found.ratio:.2f}"  # type: ignore[attr-defined]
     benchmark(step(case, ours))  # type: ignore[operator]
 
 
@@ -188,14 +183,8 @@ def main() -> None:
     """Print a row for every case: milliseconds of each contestant, and the best rival's time over ours."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 31
     torch.set_num_threads(2)
-    print(header())
-    print(f"rounds   {rounds}; milliseconds (median wall time); the last column is the best rival's time over ours\n")
-    names = list(CONTESTANTS)
-    print(f"| [B, T], loss | {' | '.join(names)} | best rival / ours |\n|---|{'---|' * len(names)}---|")
-    for case in cases(SHAPES):
-        best, ratio, milliseconds = measure(case, rounds)
-        columns = " | ".join(f"{milliseconds[name]:.2f}" for name in names)
-        print(f"| {case} | {columns} | {ratio:.2f} ({best}) |", flush=True)
+    rows = ((case, measure(case, rounds)) for case in cases(SHAPES))
+    print_verdicts("[B, T], loss", CONTESTANTS, rows, rounds)
     errors = {name: error(Case(SHAPES[2], FORMS[0], ""), function) for name, function in CONTESTANTS.items()}
     print(f"\nerror of the PPO loss at {SHAPES[2]}: {', '.join(f'{name} {x:.1e}' for name, x in errors.items())}")
 
