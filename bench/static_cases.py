@@ -413,7 +413,7 @@ def case(
     least: float,
     wide: bool = True,
 ) -> Case:
-    """The types of the arguments: constants as given, numbers as annotated or named, a pointer to float32 for all others."""
+    """Types of the arguments: constants as given, numbers as annotated or named, else pointers (float32 by default)."""
     signature = {}
     for parameter in kernel.params:
         if parameter.name in constants:
