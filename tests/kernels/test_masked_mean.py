@@ -64,7 +64,9 @@ def test_several_programs_and_any_strides(path, most_programs, monkeypatch):
     mask = torch.rand(7, 1).lt(0.6).expand(7, 5000).t()
     x = torch.where(mask, x, torch.nan)
     mean = masked_mean(x, mask)
-    torch.testing.assert_close(mean.double(), x[mask].double().mean(), atol=1e-9, rtol=1e-7)
+    # torch adds in float32, in as many parts as there are threads; the kernel in float64.
+    atol = 1e-9 if path == "triton" else 1e-7
+    torch.testing.assert_close(mean.double(), x[mask].double().mean(), atol=atol, rtol=1e-7)
     assert torch.equal(mean, masked_mean(x, mask))
 
 
