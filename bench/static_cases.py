@@ -191,7 +191,7 @@ def linear_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iter
     """The tiles are float32 whatever the dtype, which is that of the bias and of the gradient of the logits."""
     constants = {"BIASED": True, "CAPPED": True, "ROW_TEMPERATURE": True, **linear_logprobs.block(vocabulary)}
     warps = constants.pop("num_warps")
-    pointers = {"bias": dtype, "gradient": dtype, "tokens": torch.int64}
+    pointers = {"bias": dtype, "gradient": dtype, "tokens": torch.int64, "picked": torch.int64}
     name = str(dtype).removeprefix("torch.")
     for entropy in (False, True):
         label = f"{name}{', entropy' if entropy else ''}"
@@ -204,15 +204,16 @@ def linear_logprobs_cases(dtype: torch.dtype, vocabulary: int = 151_936) -> Iter
             moved=4,
             least=4,
         )
-        yield case(
-            f"linear_logprobs gradient ({label})",
-            linear_logprobs.gradient_kernel,
-            pointers,
-            {**constants, "LOGP_GRADIENT": True, "ENTROPY_GRADIENT": entropy},
-            warps,
-            moved=4 + dtype.itemsize,
-            least=4 + dtype.itemsize,
-        )
+        for operation, picked in (("linear_logprobs", False), ("linear_policy_loss", True)):
+            yield case(
+                f"{operation} gradient ({label})",
+                linear_logprobs.gradient_kernel,
+                pointers,
+                {**constants, "LOGP_GRADIENT": True, "ENTROPY_GRADIENT": entropy, "PICKED": picked},
+                warps,
+                moved=4 + dtype.itemsize,
+                least=4 + dtype.itemsize,
+            )
 
 
 def masked_mean_cases(dtype: torch.dtype) -> Iterator[Case]:

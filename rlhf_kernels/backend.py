@@ -104,11 +104,6 @@ def use_triton(operation: str, *tensors: torch.Tensor) -> bool:
     return True
 
 
-def torch_only(operation: str) -> None:
-    """The first line of an operation without a Triton kernel: raises RuntimeError where Triton was asked for."""
-    use_triton(operation)
-
-
 def has_kernel(operation: str) -> bool:
     """Whether the operation has a Triton kernel in this version."""
     return operation in _KERNELS

@@ -145,6 +145,7 @@ def gradient_kernel(
     entropy,  # [N] fp32, if ENTROPY_GRADIENT
     grad_logp,  # [N] fp32, if LOGP_GRADIENT
     grad_entropy,  # [N] fp32, if ENTROPY_GRADIENT
+    picked,  # [rows of the gradient] int64: the rows of the tile that it has, if PICKED
     inverse,
     softcap,
     first_row: tl.int64,
@@ -156,14 +157,17 @@ def gradient_kernel(
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
     ROW_TEMPERATURE: tl.constexpr,
+    PICKED: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
     """One chunk of one row of the gradient of the products: (g (onehot - p) - h p (log p + entropy)) / temperature,
     times the derivative of the softcap. Exactly 0 in a row whose gradient is 0, whatever its products are: no upstream
     gradient (a masked row has none), or nothing but -inf."""
-    row = first_row + tl.program_id(0)
-    at_row = tl.program_id(0).to(tl.int64) * stride
+    of_tile = tl.program_id(0).to(tl.int64)
+    if PICKED:
+        of_tile = tl.load(picked + of_tile)
+    row = first_row + of_tile
     column = _rows.columns(tl.program_id(1) * (BLOCK * VECTORS), VECTORS, BLOCK)
     inside = column < columns
     total = tl.load(totals + row)
@@ -177,7 +181,7 @@ def gradient_kernel(
     if (total != 0) & ((g != 0) | (h != 0)):
         if ROW_TEMPERATURE:
             inverse = tl.load(inverse_rows + row)
-        product = tl.load(tile + at_row + column, mask=inside, other=-float("inf"))
+        product = tl.load(tile + of_tile * stride + column, mask=inside, other=-float("inf"))
         x, slope = finished(product, bias, column, inside, softcap, BIASED, CAPPED)
         exponent = _rows.exponents(x, tl.load(maxima + row), inverse * _rows.LOG2_E)
         bracket = g
@@ -188,7 +192,7 @@ def gradient_kernel(
             token = tl.load(tokens + row).to(tl.int64) - first_token
             d += tl.where(column == token, g * inverse, 0.0)
         d *= slope
-    tl.store(gradient + at_row + column, d.to(gradient.dtype.element_ty), mask=inside)
+    tl.store(gradient + tl.program_id(0).to(tl.int64) * stride + column, d.to(gradient.dtype.element_ty), mask=inside)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
@@ -244,15 +248,21 @@ class Head:
         return {**flags, "ROW_TEMPERATURE": self.inverse_rows is not None, **block(self.weight.shape[0])}
 
 
-def forward(head: Head, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def forward(
+    head: Head, tokens: Tensor, entropy: bool, whole: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """tokens [N] -> logp and entropy (if asked for), and for the backward pass each row's maximum and
-    total = sum_j exp((x_j - maximum) / temperature), all [N]."""
+    total = sum_j exp((x_j - maximum) / temperature), all [N]. whole: memory for the products of all rows with the
+    whole weight, which are left there."""
     rows = tokens.shape[0]
     figures = torch.zeros(3 + entropy, rows, dtype=torch.float32, device=tokens.device)
     figures[0] = torch.finfo(torch.float32).min
     if rows:
-        tiles = Tiles.of(rows, head.weight.shape[0], _FORWARD_ELEMENTS, _FORWARD_ROWS)
-        tile = tiles.memory(tokens, torch.float32)
+        vocabulary = head.weight.shape[0]
+        tiles = Tiles.of(rows, vocabulary, _FORWARD_ELEMENTS, _FORWARD_ROWS)
+        if whole is not None:
+            tiles = Tiles(rows, vocabulary, rows, vocabulary)
+        tile = tiles.memory(tokens, torch.float32) if whole is None else whole
         with _rows.device_of(tokens):
             for columns, some_rows in tiles:
                 part = head.products(columns, some_rows, tile)
@@ -351,7 +361,7 @@ def backward(
         return gradients.results(None)
     tile = tiles.memory(tokens, torch.float32)
     gradient = tile if dtype == torch.float32 else tiles.memory(tokens, dtype)
-    g, h, unscale = _in_range(grad_logp, grad_entropy, head.inverses(), dtype)
+    g, h, unscale = in_range(grad_logp, grad_entropy, head.inverses(), dtype)
     for columns, part in tiles:
         head.products(columns, part, tile)
         count, width = part.stop - part.start, columns.stop - columns.start
@@ -369,18 +379,20 @@ def backward(
                 entropies,
                 g,
                 h,
+                None,
                 head.inverse,
                 head.softcap or 1.0,
                 *head.numbers(columns, part, tile),
                 LOGP_GRADIENT=g is not None,
                 ENTROPY_GRADIENT=h is not None,
+                PICKED=False,
                 **constants,
             )
         gradients.add(gradient[:count, :width], columns, part, unscale)
     return gradients.results(unscale)
 
 
-def _in_range(
+def in_range(
     grad_logp: Tensor | None, grad_entropy: Tensor | None, inverse: float | Tensor, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The upstream gradients, and by what to multiply what comes of them.

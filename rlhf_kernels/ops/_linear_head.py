@@ -2,22 +2,15 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_kernels import _autograd
-from rlhf_kernels._vocabulary_parallel import Figures, VocabularySlice, combined, merged, sum_over
+from rlhf_kernels._vocabulary_parallel import Figures, VocabularySlice, combined, merged
 from rlhf_kernels.ops import _check, _rows
-
-# Up to this size the exponentials of all logits are kept for the backward pass; larger ones are computed again.
-_KEPT_BYTES = 256 * 2**20
-
-# Picking rows copies them, so it has to save products of a quarter of them at least.
-_MOST_PICKED = 0.75
 
 # One block of logits: a matrix product wants both sides long; the passes over the block want it in the cache.
 _BLOCK_BYTES = 8 * 2**20
@@ -138,14 +131,43 @@ class Head:
         return math.ceil(self.vocabulary / self._count(rows))
 
 
-def _tiles(rows: int) -> list[slice]:
+def tiles(rows: int) -> list[slice]:
     """Equal tiles: a product of a few left-over rows would be slow, and round differently."""
     count = max(1, math.ceil(rows / _MOST_ROWS))
     return [slice(i * rows // count, (i + 1) * rows // count) for i in range(count)]
 
 
-def _corner(block: Tensor, tile: slice, piece: Piece) -> Tensor:
+def corner(block: Tensor, tile: slice, piece: Piece) -> Tensor:
     return block[: tile.stop - tile.start, : piece.size]
+
+
+@dataclass(frozen=True)
+class Passed:
+    """Rows [N] that went through the head, and what their gradients are made from; columns [N, 1]."""
+
+    inputs: Sequence[Tensor]
+    tokens: Tensor
+    inverse: float | Tensor | None
+    logp: Tensor
+    entropies: Tensor | None
+    own: Tensor
+    """the logit of the token"""
+    shift: Tensor | None
+    """what the logits were shifted by; None: 0"""
+    total: Tensor
+    """sum exp(logit - shift)"""
+    kept: Tensor | None = None
+    """[N, V]: total * (p - onehot(token))"""
+    tanh: Tensor | None = None
+    """[N, V]: tanh(logits / softcap), where the rest is kept and there is a softcap"""
+
+    def pick(self, rows: Tensor) -> "Passed":
+        """Some of the rows, copied."""
+        picked: dict[str, Any] = {"inputs": [x.index_select(0, rows) for x in self.inputs]}
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            picked[field.name] = value.index_select(0, rows) if isinstance(value, Tensor) else value
+        return Passed(**picked)
 
 
 def log_probs(
@@ -155,22 +177,22 @@ def log_probs(
     inverse: float | Tensor | None,
     entropy: bool,
     keep: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Figures, bool]:
-    """inputs [N, ...], tokens [N, 1] -> logp and entropy [N, 1]; and for the backward pass what is kept, the figures of
-    the rows, and whether their shift is anything but 0.
-
-    What is kept is [N, V]: total * (p - onehot(token)).
+) -> Passed:
+    """inputs [N, ...], tokens [N, 1] -> logp and entropy, and what the gradients need. keep: the exponentials too.
 
     On a CPU nothing is shifted at first, which saves the passes that find the maximum and subtract it. If the sum of
     a row is then too large or too small for that, all start again, from their maximum, and nothing is kept.
     """
     inputs = [x.to(head.dtype) for x in inputs]
     shifted = not _check.on_host(tokens)
-    kept = head.empty(tokens.shape[0], head.vocabulary) if keep and not shifted else None
-    figures = _figures(inputs, head, tokens, inverse, entropy, shifted, kept)
+    kept, tanh = None, None
+    if keep and not shifted:
+        kept = head.empty(tokens.shape[0], head.vocabulary)
+        tanh = None if head.softcap is None else torch.empty_like(kept)
+    figures = _figures(inputs, head, tokens, inverse, entropy, shifted, kept, tanh)
     if not shifted and not _rows.all_safe(figures.total):
-        shifted, kept = True, None
-        figures = _figures(inputs, head, tokens, inverse, entropy, shifted, kept)
+        shifted, kept, tanh = True, None, None
+        figures = _figures(inputs, head, tokens, inverse, entropy, shifted, kept, tanh)
     if head.place is not None:
         shifted, figures = True, merged(figures, None, head.place)
     shift, total, weighted, own = figures
@@ -179,7 +201,7 @@ def log_probs(
     empty = total == 0
     logp = ((own - shift if shifted else own) - total.log()).masked_fill_(empty, -math.inf)
     entropies = None if weighted is None else (total.log() - weighted / total).masked_fill_(empty, 0)
-    return logp, entropies, kept, figures, shifted
+    return Passed(inputs, tokens, inverse, logp, entropies, own, shift if shifted else None, total, kept, tanh)
 
 
 def _figures(
@@ -190,6 +212,7 @@ def _figures(
     entropy: bool,
     shifted: bool,
     kept: Tensor | None,
+    tanh: Tensor | None,
 ) -> Figures:
     """The figures of the logits of this process. With `kept` [N, V], not shifted: leaves the exponentials there."""
     rows = tokens.shape[0]
@@ -199,14 +222,14 @@ def _figures(
     for piece in head.pieces(rows):
         local, elsewhere = piece.here(tokens)
         owns, shifts, totals, weighteds = [], [], [], []
-        for tile in _tiles(rows):
-            into = _corner(block, tile, piece) if kept is None else kept[tile, piece.columns]
-            z = head.logits(inputs, piece, tile, inverse, into)
+        for tile in tiles(rows):
+            into = corner(block, tile, piece) if kept is None else kept[tile, piece.columns]
+            z = head.logits(inputs, piece, tile, inverse, into, None if tanh is None else tanh[tile, piece.columns])
             owns.append(z.gather(-1, local[tile]))
             if shifted:
                 shifts.append(_rows.finite_maximum(z))
                 z.sub_(shifts[-1])
-            copy = None if second is None else _corner(second, tile, piece).copy_(z)
+            copy = None if second is None else corner(second, tile, piece).copy_(z)
             totals.append(_rows.sums(z.exp_()))
             if copy is not None:
                 weighteds.append(_rows.sums(copy.clamp_(min=_rows.SMALLEST_LOG).mul_(z)))
@@ -219,181 +242,3 @@ def _figures(
         shift, total, *weighted, own = of_pieces[0]
         return Figures(shift, total, weighted[0] if weighted else None, own)
     return combined(torch.stack([torch.stack(figures) for figures in of_pieces]), None)
-
-
-class LinearLogProbs(torch.autograd.Function):
-    """hidden [N, H], weight [V, H], bias [V], low [N, r] and up [V, r] (or None), tokens [N, 1] -> logp and entropy,
-    [N, 1]. Their meaning stands in `linear_logprobs.py`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        low: Tensor | None,
-        up: Tensor | None,
-        tokens: Tensor,
-        inverse: float | Tensor | None,
-        softcap: float | None,
-        entropy: bool,
-        place: VocabularySlice | None,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor | None]:
-        head = Head.of(weight, bias, up, softcap, place, dtype)
-        size = tokens.shape[0] * head.vocabulary * dtype.itemsize
-        keep = softcap is None and place is None and size <= _KEPT_BYTES
-        inputs = [x for x in (hidden, low) if x is not None]
-        logp, entropies, kept, figures, shifted = log_probs(inputs, head, tokens, inverse, entropy, keep)
-        shift, total, _, own = figures
-        ctx.save_for_backward(
-            hidden, weight, bias, low, up, tokens, kept, entropies, own, shift if shifted else None, total
-        )
-        ctx.inverse, ctx.softcap, ctx.place = inverse, softcap, place
-        ctx.set_materialize_grads(False)
-        return logp, entropies
-
-    @staticmethod
-    @_autograd.differentiable_once
-    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        """With d the gradient of the logits, that of hidden is d weight, of weight d^T hidden, of bias the sum of d:
-
-            d = (g * (onehot - p) - h * p * (log p + entropy)) / temperature,    g = grad_logp, h = grad_entropy
-
-        Without h, d is total * (p - onehot), which was kept, times one number per row. That number goes to the small
-        matrices, so that no pass over the large one is left beside the two products.
-
-        Rows that get no gradient (of zero advantage, clipped) are left out of the products, if there are enough.
-        """
-        if grad_logp is None and grad_entropy is None:
-            return (None,) * 11
-        hidden, weight, bias, low, up, tokens, kept, entropies, own, shift, total = ctx.saved_tensors
-        empty, dtype = total == 0, total.dtype
-        total = total.masked_fill(empty, 1)
-        head = Head.of(weight, bias, up, ctx.softcap, ctx.place, dtype)
-        inputs = [x.to(dtype) for x in (hidden, low) if x is not None]
-        g, h = (_over_temperature(grad, empty, ctx.inverse) for grad in (grad_logp, grad_entropy))
-        rows = _with_gradient(g, h)
-        of_rows: tuple[Any, ...] = (tokens, ctx.inverse, kept, entropies, own, shift, total, g, h)
-        if rows is not None:
-            inputs = [x.index_select(0, rows) for x in inputs]
-            of_rows = tuple(x.index_select(0, rows) if isinstance(x, Tensor) else x for x in of_rows)
-        blocks = _GradientBlocks(inputs, head, *of_rows)
-
-        asks_hidden, asks_weight, asks_bias, asks_low, asks_up, *_ = ctx.needs_input_grad
-        ask_x, ask_w = (asks_hidden, asks_low), (asks_weight, asks_up)
-        grads_x = [torch.zeros_like(x) if asks else None for x, asks in zip(inputs, ask_x, strict=False)]
-        grads_w = [torch.empty_like(m) if asks else None for m, asks in zip(head.matrices, ask_w, strict=False)]
-        grad_bias = torch.zeros_like(head.bias) if asks_bias and head.bias is not None else None
-        scaled = [None if grad is None else x * blocks.scale for x, grad in zip(inputs, grads_w, strict=True)]
-        count = blocks.scale.shape[0]
-        memory = head.memory_of_a_piece(count)
-        for piece in head.pieces(count):
-            sums_w = [
-                None if grad is None else grad[piece.columns] if memory_w is None else memory_w[: piece.size]
-                for grad, memory_w in zip(grads_w, memory, strict=True)
-            ]
-            for tile in _tiles(count):
-                d = blocks.block(piece, tile)
-                for grad, matrix in zip(grads_x, piece.matrices, strict=True):
-                    if grad is not None:
-                        grad[tile].addmm_(d, matrix)
-                for sum_w, x in zip(sums_w, scaled, strict=True):
-                    if sum_w is not None and x is not None:
-                        sum_w.addmm_(d.t(), x[tile], beta=int(tile.start > 0))
-                if grad_bias is not None:
-                    grad_bias[piece.columns].addmv_(d.t(), blocks.scale[tile].squeeze(-1))
-            for grad, sum_w in zip(grads_w, sums_w, strict=True):
-                if grad is not None and sum_w is not None and sum_w.dtype != grad.dtype:
-                    grad[piece.columns] = sum_w
-        for i, grad in enumerate(grads_x):
-            if grad is not None:
-                grad.mul_(blocks.scale)
-                if rows is not None:
-                    grads_x[i] = grad.new_zeros(tokens.shape[0], grad.shape[1]).index_copy_(0, rows, grad)
-        sum_over(grads_x, ctx.place)
-        (grad_hidden, *grad_low), (grad_weight, *grad_up) = grads_x, grads_w
-        gradients = (grad_hidden, grad_weight, grad_bias, *(grad_low or [None]), *(grad_up or [None]))
-        leaves = (hidden, weight, bias, low, up)
-        return (
-            *(None if grad is None else grad.to(x.dtype) for grad, x in zip(gradients, leaves, strict=True)),
-            *(None,) * 6,
-        )
-
-
-def _over_temperature(grad: Tensor | None, empty: Tensor, inverse: float | Tensor | None) -> Tensor | None:
-    if grad is None:
-        return None
-    grad = grad.masked_fill(empty, 0)
-    return grad if inverse is None else grad * inverse
-
-
-def _with_gradient(*of_rows: Tensor | None) -> Tensor | None:
-    """The rows that a gradient comes from, where leaving the others out is worth picking these (None: it is not)."""
-    incoming = torch.cat([x for x in of_rows if x is not None], dim=1)
-    if not _check.on_host(incoming):
-        return None  # to count them the host would have to wait
-    rows = (incoming != 0).any(1).nonzero().squeeze(-1)
-    return rows if rows.numel() <= _MOST_PICKED * len(incoming) else None
-
-
-class _GradientBlocks:
-    """The gradient of the logits, by blocks; `scale` [N, 1] is what its rows have yet to be multiplied by."""
-
-    def __init__(
-        self,
-        inputs: Sequence[Tensor],
-        head: Head,
-        tokens: Tensor,
-        inverse: float | Tensor | None,
-        kept: Tensor | None,
-        entropies: Tensor | None,
-        own: Tensor,
-        shift: Tensor | None,
-        total: Tensor,
-        g: Tensor | None,
-        h: Tensor | None,
-    ) -> None:
-        self._inputs, self._head, self._tokens, self._inverse, self._kept = inputs, head, tokens, inverse, kept
-        self._own, self._shift, self._total = own, shift, total
-        self._h = h
-        self._g = torch.zeros_like(total) if g is None else g
-        self._log_scale = None if h is None or entropies is None else total.log() - entropies
-        # Without entropy and softcap, one number a row is left to multiply by: the small matrices take it.
-        self._is_difference = h is None and head.softcap is None
-        self.scale = self._g / -total if self._is_difference else torch.ones_like(total)
-        rows = tokens.shape[0]
-        self._block = None if kept is not None and self._is_difference else head.block(rows)
-        self._log_p = None if h is None else head.block(rows)
-        self._tanh = None if head.softcap is None else head.block(rows)
-
-    def block(self, piece: Piece, tile: slice) -> Tensor:
-        """total * (p - onehot) to be scaled, or (g * (onehot - p) - h * p * (log p + entropy)) * softcap'."""
-        if self._kept is not None and self._block is None:
-            return self._kept[tile, piece.columns]
-        local, elsewhere = piece.here(self._tokens[tile])
-        tanh = None if self._tanh is None else _corner(self._tanh, tile, piece)
-        d = self._exponentials(piece, tile, local, elsewhere, tanh)
-        total, g = self._total[tile], self._g[tile]
-        at_token = -total if self._is_difference else g
-        if not self._is_difference:
-            bracket = g
-            if self._h is not None and self._log_scale is not None and self._log_p is not None:
-                log_p = torch.log(d, out=_corner(self._log_p, tile, piece)).sub_(self._log_scale[tile])
-                bracket = log_p.clamp_(min=_rows.SMALLEST_LOG).mul_(self._h[tile]).add_(g)
-            d.mul_(bracket).div_(-total)
-        d.scatter_add_(-1, local, at_token if elsewhere is None else at_token.masked_fill(elsewhere, 0))
-        return d if tanh is None else d.mul_(tanh.square_().neg_().add_(1))
-
-    def _exponentials(
-        self, piece: Piece, tile: slice, local: Tensor, elsewhere: Tensor | None, tanh: Tensor | None
-    ) -> Tensor:
-        """exp(z - shift): from what was kept, or from the product again."""
-        assert self._block is not None
-        d = _corner(self._block, tile, piece)
-        if self._kept is None:
-            z = self._head.logits(self._inputs, piece, tile, self._inverse, d, tanh)
-            return (z if self._shift is None else z.sub_(self._shift[tile])).exp_()
-        d.copy_(self._kept[tile, piece.columns])
-        own = self._own[tile].exp()
-        return d.scatter_(-1, local, own if elsewhere is None else torch.where(elsewhere, d.gather(-1, local), own))

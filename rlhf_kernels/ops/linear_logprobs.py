@@ -1,14 +1,14 @@
 """Log-probabilities of given tokens, and the entropy, from hidden states and the output layer."""
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels import backend
 from rlhf_kernels._vocabulary_parallel import VocabularySlice
-from rlhf_kernels.ops import _check, _linear_head, _rows
+from rlhf_kernels.ops import _check, _linear_gradients, _linear_head, _rows
 from rlhf_kernels.ops.token_logprobs import LogProbs, definition, inside_vocabulary
 
 
@@ -55,9 +55,8 @@ def linear_logprobs(
     NaN); ValueError for shapes or devices that do not match, a temperature or softcap that is not positive; TypeError
     for dtypes and for a DTensor; RuntimeError for `vocabulary_parallel` under torch.compile or without a process group.
     """
-    _check_arguments(hidden, weight, tokens, bias, lora, softcap, mask, vocabulary_parallel)
-    low_rank = lora or ()
-    given = [x for x in (hidden, weight, bias, *low_rank) if x is not None]
+    check_arguments(hidden, weight, tokens, bias, lora, softcap, mask, vocabulary_parallel)
+    given = [x for x in (hidden, weight, bias, *(lora or ())) if x is not None]
     dtype = _check.accumulation_dtype(*given)
     inverse = _rows.inverse_temperature(temperature, tokens.shape, mask, dtype)
     triton = backend.use_triton("linear_logprobs", *given)
@@ -65,30 +64,84 @@ def linear_logprobs(
         return definition(_logits(hidden, weight, bias, lora, softcap, dtype), tokens, inverse, mask, entropy)
 
     vocabulary = weight.shape[0] if vocabulary_parallel is None else vocabulary_parallel.size
-    safe_tokens, outside = inside_vocabulary(tokens, vocabulary, mask)
-    rows = hidden.reshape(tokens.numel(), hidden.shape[-1])
-    safe_tokens = safe_tokens.reshape(-1, 1)
-    if isinstance(inverse, Tensor):
-        inverse = inverse.reshape(-1, 1)
-    counted = None
-    if mask is not None and _check.on_host(mask) and not triton:
-        counted = mask.reshape(-1).nonzero().squeeze(-1)
-        rows, safe_tokens = rows.index_select(0, counted), safe_tokens.index_select(0, counted)
-        inverse = inverse.index_select(0, counted) if isinstance(inverse, Tensor) else inverse
-    elif mask is not None:
-        # Leaving the masked rows out of the products would need their number, for which the host would have to wait.
-        rows = rows.masked_fill(~mask.reshape(-1, 1), 0)
+    # Leaving the masked rows out of the products takes their number, for which the host would wait for a device.
+    picks = _check.on_host(tokens) and not triton
+    rows = Rows.of(hidden, tokens, vocabulary, inverse, mask, lora, dtype, picks)
+    up = None if lora is None else lora[1]
+    arguments = (rows.hidden, weight, bias, rows.low, up, rows.tokens, rows.inverse, softcap, entropy)
+    if triton:
+        logp, entropies = _on_triton(*arguments, vocabulary_parallel)
+    else:
+        logp, entropies = _on_torch(*arguments, vocabulary_parallel, dtype)
+    return rows.results(logp, entropies)
 
-    low, up = None, None
-    if lora is not None:
-        with torch.autocast(hidden.device.type, enabled=False):
-            low, up = rows.to(dtype) @ lora[0].to(dtype).t(), lora[1]
-    arguments = (rows, weight, bias, low, up, safe_tokens, inverse, softcap, entropy, vocabulary_parallel)
-    results = _on_triton(*arguments) if triton else _on_torch(*arguments, dtype)
-    logp, entropies = (_in_place(x, counted, mask, tokens.shape) for x in results)
-    if outside is not None:
-        logp = logp.masked_fill(outside, math.nan)
-    return LogProbs(logp, entropies)
+
+class Rows(NamedTuple):
+    """The rows that go through the output layer, [N, ...], and how their results come to be [...] again."""
+
+    hidden: Tensor
+    low: Tensor | None
+    """hidden A^T, with a LoRA change"""
+    tokens: Tensor
+    """[N, 1], each in the vocabulary"""
+    inverse: float | Tensor | None
+    """1 / temperature, None for 1, [N, 1] where it is one per row"""
+    counted: Tensor | None
+    """where they come from, if the masked ones were left out"""
+    mask: Tensor | None
+    outside: Tensor | None
+    """[...]: which tokens were not in the vocabulary, on a device"""
+    shape: torch.Size
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        tokens: Tensor,
+        vocabulary: int,
+        inverse: float | Tensor | None,
+        mask: Tensor | None,
+        lora: tuple[Tensor, Tensor] | None,
+        dtype: torch.dtype,
+        picks: bool,
+    ) -> "Rows":
+        """picks: leave the masked rows out; else they are zeros."""
+        safe_tokens, outside = inside_vocabulary(tokens, vocabulary, mask)
+        rows = hidden.reshape(tokens.numel(), hidden.shape[-1])
+        safe_tokens = safe_tokens.reshape(-1, 1)
+        if isinstance(inverse, Tensor):
+            inverse = inverse.reshape(-1, 1)
+        counted = None
+        if mask is not None and picks:
+            counted = mask.reshape(-1).nonzero().squeeze(-1)
+            rows, safe_tokens = rows.index_select(0, counted), safe_tokens.index_select(0, counted)
+            inverse = inverse.index_select(0, counted) if isinstance(inverse, Tensor) else inverse
+        elif mask is not None:
+            rows = rows.masked_fill(~mask.reshape(-1, 1), 0)
+        low = None
+        if lora is not None:
+            with torch.autocast(hidden.device.type, enabled=False):
+                low = rows.to(dtype) @ lora[0].to(dtype).t()
+        return cls(rows, low, safe_tokens, inverse, counted, mask, outside, tokens.shape)
+
+    def of_these(self, x: Tensor) -> Tensor:
+        """[N] from a value of each row, [...]."""
+        x = x.reshape(-1)
+        return x if self.counted is None else x.index_select(0, self.counted)
+
+    def results(self, logp: Tensor, entropies: Tensor | None) -> LogProbs:
+        """[...] from what was found for these rows: 0 where masked, and logp NaN where there is no such token."""
+        logp = self._in_place(logp)
+        if self.outside is not None:
+            logp = logp.masked_fill(self.outside, math.nan)
+        return LogProbs(logp, None if entropies is None else self._in_place(entropies))
+
+    def _in_place(self, x: Tensor) -> Tensor:
+        x = x.reshape(-1)
+        if self.counted is not None:
+            return x.new_zeros(self.shape.numel()).index_copy(0, self.counted, x).view(self.shape)
+        x = x.view(self.shape)
+        return x if self.mask is None else x.masked_fill(~self.mask, 0)
 
 
 def _on_torch(
@@ -106,10 +159,11 @@ def _on_torch(
 ) -> tuple[Tensor, Tensor | None]:
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (rows, weight, bias, low, up)):
         arguments = (rows, weight, bias, low, up, tokens, inverse, softcap, entropy, place, dtype)
-        return _linear_head.LinearLogProbs.apply(*arguments)
+        return _linear_gradients.LinearLogProbs.apply(*arguments)
     head = _linear_head.Head.of(weight, bias, up, softcap, place, dtype)
     inputs = [x for x in (rows, low) if x is not None]
-    return _linear_head.log_probs(inputs, head, tokens, inverse, entropy)[:2]
+    passed = _linear_head.log_probs(inputs, head, tokens, inverse, entropy)
+    return passed.logp, passed.entropies
 
 
 def _on_triton(
@@ -162,7 +216,7 @@ def _logits(
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _check_arguments(
+def check_arguments(
     hidden: Tensor,
     weight: Tensor,
     tokens: Tensor,
@@ -172,6 +226,7 @@ def _check_arguments(
     mask: Tensor | None,
     vocabulary_parallel: VocabularySlice | None,
 ) -> None:
+    """Raise what `linear_logprobs` says it raises, but for the tokens and the temperature."""
     _check.floating(hidden=hidden, weight=weight)
     _check.integer(tokens=tokens)
     others = {"bias": bias, "lora[0]": lora[0] if lora else None, "lora[1]": lora[1] if lora else None, "mask": mask}
@@ -211,14 +266,3 @@ def _check_lora(low: Tensor, up: Tensor, weight: Tensor) -> None:
             f"lora[1] (B) has shape {list(up.shape)}, expected {[vocabulary, low.shape[0]]}: a row for each weight "
             "row, and the rank of A"
         )
-
-
-def _in_place(x: Tensor | None, counted: Tensor | None, mask: Tensor | None, shape: torch.Size) -> Any:
-    """Results of the rows that were computed, put back among the masked ones, which are 0."""
-    if x is None:
-        return None
-    x = x.squeeze(-1)
-    if counted is not None:
-        return x.new_zeros(shape.numel()).index_copy(0, counted, x).view(shape)
-    x = x.view(shape)
-    return x if mask is None else x.masked_fill(~mask, 0)

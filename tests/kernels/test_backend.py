@@ -50,7 +50,7 @@ CALLS = {
     "linear_logprobs": lambda f, x, i, m: f(x, x, i),
     "kl_estimate": lambda f, x, i, m: f(x, x),
     "exact_kl": lambda f, x, i, m: f(x, x),
-    "linear_policy_loss": lambda f, x, i, m: f(x, x, i, x[0], x[0], m),
+    "linear_policy_loss": lambda f, x, i, m: f(x, x.clone().requires_grad_(), i, x[0], x[0], m),
     "policy_loss": lambda f, x, i, m: f(x[0], x[0], x[0], m),
     "importance_weights": lambda f, x, i, m: f(x[0], x[0], m),
     "value_loss": lambda f, x, i, m: f(x[0], x[0], x[0], m),
@@ -66,28 +66,33 @@ CALLS = {
 }
 
 
-WITHOUT_KERNEL = [name for name in backend.operations() if not backend.has_kernel(name)]
-
-
 def arguments() -> tuple[torch.Tensor, ...]:
     return torch.randn(3, 3), torch.arange(3), torch.ones(3, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("name", WITHOUT_KERNEL)
-def test_no_operation_runs_on_torch_where_triton_was_asked_for(name: str, monkeypatch) -> None:
-    CALLS[name](getattr(rlhf_kernels, name), *arguments())
-    monkeypatch.setattr(backend, "_mode", None)
-    monkeypatch.setenv("RLHF_KERNELS", "triton")
-    with pytest.raises(RuntimeError, match=f"RLHF_KERNELS=triton, but {name} has no Triton kernel"):
-        CALLS[name](getattr(rlhf_kernels, name), *arguments())
+def test_no_operation_runs_on_torch_where_triton_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(backend.has_kernel(name) for name in backend.operations())
+    monkeypatch.setattr(backend, "_KERNELS", backend._KERNELS - {"gae"})
+    CALLS["gae"](rlhf_kernels.gae, *arguments())
+    with (
+        backend.using("triton"),
+        pytest.raises(RuntimeError, match="RLHF_KERNELS=triton, but gae has no Triton kernel"),
+    ):
+        CALLS["gae"](rlhf_kernels.gae, *arguments())
 
 
-@pytest.mark.parametrize("name", [name for name in backend.operations() if backend.has_kernel(name)])
+# What of its twin an operation calls first, where that is not `forward`.
+ENTRIES = {"linear_policy_loss": "Lots"}
+
+
+@pytest.mark.parametrize("name", backend.operations())
 def test_a_kernel_runs_where_triton_was_asked_for_or_says_why_not(name: str, monkeypatch) -> None:
     function = getattr(rlhf_kernels, name)
     twin = importlib.import_module(f"rlhf_kernels._triton.{name}")
     called = []
-    monkeypatch.setattr(twin, "forward", lambda *a, real=twin.forward: called.append(name) or real(*a))
+    entry = ENTRIES.get(name, "forward")
+    real = getattr(twin, entry)
+    monkeypatch.setattr(twin, entry, lambda *a: called.append(name) or real(*a))
     with backend.using("triton"):
         CALLS[name](function, *arguments())
         assert called == [name]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import backend, linear_logprobs
-from rlhf_kernels.ops import _check, _linear_head
+from rlhf_kernels.ops import _check, _linear_gradients, _linear_head
 from tests.kernels.memory import peak_growth
 from tests.kernels.test_token_logprobs import INTERPRETED, rounding
 
@@ -33,7 +33,7 @@ def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     for name, value in {"_BLOCK_BYTES": 1, "_MOST_ROWS": 5, "_FEWEST_COLUMNS": 8}.items():
         monkeypatch.setattr(_linear_head, name, value)
     if request.param == "recomputed":
-        monkeypatch.setattr(_linear_head, "_KEPT_BYTES", -1)
+        monkeypatch.setattr(_linear_gradients, "KEPT_BYTES", -1)
     if request.param == "device":
         monkeypatch.setattr(_check, "on_host", lambda x: False)
     yield request.param
@@ -482,7 +482,7 @@ def test_autocast_does_not_lower_the_precision(path: str) -> None:
 
 
 def test_memory_is_bounded_beyond_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_linear_head, "_KEPT_BYTES", 32 * 2**20)
+    monkeypatch.setattr(_linear_gradients, "KEPT_BYTES", 32 * 2**20)
     hidden, weight, _, tokens = example(6000, width=8, vocabulary=8000)  # 192 MB of logits
 
     def call() -> None:

@@ -46,6 +46,7 @@ SHARED = {
     "_moments": "masked_whiten",
     "_mean": "masked_mean",
     "_groups": "group_advantages",
+    "_linear_gradients": "linear_policy_loss",
 }
 QUICK = (
     "{path} and (textbook or temperature or junk or several or unlikely or dtypes)"
@@ -101,7 +102,23 @@ MUTATIONS = [
         "((result.own - result.shift) * inverse - log_total)",
         "((result.own - log_total) * inverse - result.shift)",
     ),
-    Mutation(TORCH + "linear_logprobs.py", "no mask", "else x.masked_fill(~mask, 0)", "else x", path="triton"),
+    Mutation(TORCH + "linear_logprobs.py", "no mask", "else x.masked_fill(~self.mask, 0)", "else x", path="triton"),
+    Mutation(
+        TRITON + "linear_policy_loss.py",
+        "rows come back in another's place",
+        "_(0, picked, p",
+        "_(0, picked.flip(0), p",
+    ),
+    Mutation(
+        TRITON + "linear_policy_loss.py",
+        "sums keep the scale of another lot",
+        "x.mul_(self._unscale / unscale)",
+        "pass",
+    ),
+    Mutation(
+        TORCH + "linear_policy_loss.py", "a sequence is not averaged", "one / lengths.clamp(min=1)", "one + 0 * lengths"
+    ),
+    Mutation(TORCH + "_linear_gradients.py", "each lot starts anew", "is_first = self._is_empty and", "is_first ="),
     Mutation(TRITON + "gae.py", "no bootstrap", "BOOTSTRAP=bootstrap is not None", "BOOTSTRAP=False"),
     Mutation(
         TRITON + "gae.py", "masked tokens decay", "tl.where(counts, gamma * lam, 1.0)", "gamma * lam + 0.0 * reward"
