@@ -55,7 +55,8 @@ def linear_policy_loss(
     `linear_logprobs` do.
 
     Memory: the logits of one lot of rows (up to 256 MiB on a CPU, up to 2 GiB on a GPU, and their gradient beside
-    them), and the gradients, in float32 until the backward pass, which only multiplies them by the loss's own gradient.
+    them), and the gradients, in float32 until the backward pass, which multiplies them by the loss's own gradient and
+    hands them out: a second backward pass through the same graph raises RuntimeError.
 
     It is the two operations one after the other, with their products and memory, where no gradient is asked for; with
     GSPO, whose gradient is known only when the whole sequence is; with `vocabulary_parallel`; under torch.compile; and
@@ -229,16 +230,26 @@ def _lots_on_triton(rows: Rows, leaves: Leaves, softcap: float | None, entropy: 
 
 
 class _WithGradients(torch.autograd.Function):
-    """The loss, whose gradients are known already."""
+    """The loss, whose gradients are known already. They are handed on, not copied, so that they go out once."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *leaves: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*gradients, *leaves)
+        ctx.gradients = gradients
+        ctx.save_for_backward(*leaves)
         return loss.clone()
 
     @staticmethod
     @_autograd.differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        half = len(ctx.saved_tensors) // 2
-        pairs = zip(ctx.saved_tensors[:half], ctx.saved_tensors[half:], strict=True)
-        return None, None, *(None if x is None else (x * upstream).to(leaf.dtype) for x, leaf in pairs)
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "the gradients of linear_policy_loss were handed out by the first backward pass, so a second one is "
+                "impossible; call policy_loss(linear_logprobs(...)) where the graph is needed twice"
+            )
+        if not _check.on_host(upstream) or upstream != 1:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(upstream)
+        pairs = zip(gradients, ctx.saved_tensors, strict=True)
+        return None, None, *(None if x is None else x.to(leaf.dtype) for x, leaf in pairs)
