@@ -30,14 +30,17 @@ class Passed:
 class Lots:
     """The rows by lots: forward, then backward before the next lot takes its memory."""
 
-    def __init__(self, head: linear_logprobs.Head, tokens: Tensor, entropy: bool, asks: Sequence[bool]) -> None:
-        """tokens [N]; asks: which of the gradients of hidden, weight, bias, low and up are wanted."""
+    def __init__(
+        self, head: linear_logprobs.Head, tokens: Tensor, learning: int, entropy: bool, asks: Sequence[bool]
+    ) -> None:
+        """tokens [N], of which the first `learning` may get a gradient; asks: which of the gradients of hidden, weight,
+        bias, low and up are wanted."""
         self._dtype = head.hidden.dtype if head.hidden.dtype == head.weight.dtype else torch.float32
         self._head = replace(head, hidden=head.hidden.to(self._dtype), weight=head.weight.to(self._dtype))
-        self._tokens, self._entropy = tokens, entropy
+        self._tokens, self._learning, self._entropy = tokens, learning, entropy
         vocabulary = head.weight.shape[0]
-        self._lots = max(1, triton.cdiv(tokens.shape[0] * vocabulary, _ELEMENTS))
-        shape = (triton.cdiv(tokens.shape[0], self._lots), triton.cdiv(vocabulary, 16) * 16)
+        self._lots = max(1, triton.cdiv(learning * vocabulary, _ELEMENTS))
+        shape = (triton.cdiv(learning, self._lots), triton.cdiv(vocabulary, 16) * 16)
         self._logits = torch.empty(shape, dtype=torch.float32, device=tokens.device)
         self._gradient = torch.empty(shape, dtype=self._dtype, device=tokens.device)
         self._hidden, self._weight, self._bias, self._low, self._up = (
@@ -48,11 +51,20 @@ class Lots:
         )
         self._unscale: Tensor | None = None
 
-    def __iter__(self) -> Iterator[slice]:
+    def learning(self) -> Iterator[slice]:
+        """The lots of the rows that may get a gradient, which are the first ones."""
         size = self._logits.shape[0]
-        return (slice(i * size, min((i + 1) * size, self._tokens.shape[0])) for i in range(self._lots))
+        return (slice(i * size, min((i + 1) * size, self._learning)) for i in range(self._lots))
+
+    def others(self) -> tuple[Tensor, Tensor | None]:
+        """logp and entropy of the rows that get none."""
+        passed = self._pass(slice(self._learning, None), None)
+        return passed.logp, passed.entropies
 
     def forward(self, lot: slice) -> Passed:
+        return self._pass(lot, self._logits)
+
+    def _pass(self, lot: slice, memory: Tensor | None) -> Passed:
         head, tokens = self._head, self._tokens[lot]
         head = replace(
             head,
@@ -60,7 +72,7 @@ class Lots:
             low=None if head.low is None else head.low[lot],
             inverse_rows=None if head.inverse_rows is None else head.inverse_rows[lot],
         )
-        return Passed(head, tokens, *linear_logprobs.forward(head, tokens, self._entropy, self._logits))
+        return Passed(head, tokens, *linear_logprobs.forward(head, tokens, self._entropy, memory))
 
     def backward(self, lot: slice, passed: Passed, grad_logp: Tensor, grad_entropy: Tensor | None) -> None:
         """Add what these rows bring. Rows without a gradient are left out of the products, to the last one: for their

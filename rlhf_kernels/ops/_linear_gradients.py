@@ -18,9 +18,18 @@ KEPT_BYTES = 256 * 2**20
 _MOST_PICKED = 0.75
 
 
-def bytes_kept(rows: int, head: Head) -> int:
-    """How much memory so many rows take if what they are made of is kept."""
-    return rows * head.vocabulary * head.dtype.itemsize * (1 if head.softcap is None else 2)
+def most_rows_kept(head: Head) -> int:
+    """Of how many rows the exponentials, and with a softcap its tanh, fit into what is kept."""
+    return KEPT_BYTES // (max(1, head.vocabulary) * head.dtype.itemsize * _matrices_kept(head))
+
+
+def memory_to_keep(rows: int, head: Head) -> list[Tensor]:
+    """For `log_probs` of so many rows."""
+    return [head.empty(rows, head.vocabulary) for _ in range(_matrices_kept(head))]
+
+
+def _matrices_kept(head: Head) -> int:
+    return 1 if head.softcap is None else 2
 
 
 class LinearLogProbs(torch.autograd.Function):
@@ -43,7 +52,8 @@ class LinearLogProbs(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
         head = Head.of(weight, bias, up, softcap, place, dtype)
-        keep = place is None and bytes_kept(tokens.shape[0], head) <= KEPT_BYTES
+        count = tokens.shape[0]
+        keep = memory_to_keep(count, head) if place is None and count <= most_rows_kept(head) else []
         passed = log_probs([x for x in (hidden, low) if x is not None], head, tokens, inverse, entropy, keep)
         figures = (passed.entropies, passed.own, passed.shift, passed.total, passed.kept, passed.tanh)
         ctx.save_for_backward(hidden, weight, bias, low, up, tokens, *figures)

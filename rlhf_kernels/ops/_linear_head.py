@@ -176,19 +176,17 @@ def log_probs(
     tokens: Tensor,
     inverse: float | Tensor | None,
     entropy: bool,
-    keep: bool = False,
+    keep: Sequence[Tensor] = (),
 ) -> Passed:
-    """inputs [N, ...], tokens [N, 1] -> logp and entropy, and what the gradients need. keep: the exponentials too.
+    """inputs [N, ...], tokens [N, 1] -> logp and entropy, and what the gradients need. `keep`: memory [N, V] for the
+    exponentials, and with a softcap for its tanh, which are then kept.
 
     On a CPU nothing is shifted at first, which saves the passes that find the maximum and subtract it. If the sum of
     a row is then too large or too small for that, all start again, from their maximum, and nothing is kept.
     """
     inputs = [x.to(head.dtype) for x in inputs]
     shifted = not _check.on_host(tokens)
-    kept, tanh = None, None
-    if keep and not shifted:
-        kept = head.empty(tokens.shape[0], head.vocabulary)
-        tanh = None if head.softcap is None else torch.empty_like(kept)
+    kept, tanh, *_ = (*keep, None, None) if not shifted else (None, None)
     figures = _figures(inputs, head, tokens, inverse, entropy, shifted, kept, tanh)
     if not shifted and not _rows.all_safe(figures.total):
         shifted, kept, tanh = True, None, None

@@ -64,9 +64,11 @@ def linear_logprobs(
         return definition(_logits(hidden, weight, bias, lora, softcap, dtype), tokens, inverse, mask, entropy)
 
     vocabulary = weight.shape[0] if vocabulary_parallel is None else vocabulary_parallel.size
-    # Leaving the masked rows out of the products takes their number, for which the host would wait for a device.
-    picks = _check.on_host(tokens) and not triton
-    rows = Rows.of(hidden, tokens, vocabulary, inverse, mask, lora, dtype, picks)
+    counted = None
+    if mask is not None and _check.on_host(mask) and not triton:
+        # Elsewhere masked rows go through the products, as zeros: for their number the host would wait for the device.
+        counted = mask.reshape(-1).nonzero().squeeze(-1)
+    rows = Rows.of(hidden, tokens, vocabulary, inverse, mask, counted, lora, dtype)
     up = None if lora is None else lora[1]
     arguments = (rows.hidden, weight, bias, rows.low, up, rows.tokens, rows.inverse, softcap, entropy)
     if triton:
@@ -87,7 +89,7 @@ class Rows(NamedTuple):
     inverse: float | Tensor | None
     """1 / temperature, None for 1, [N, 1] where it is one per row"""
     counted: Tensor | None
-    """where they come from, if the masked ones were left out"""
+    """where they come from, if the masked ones are left out"""
     mask: Tensor | None
     outside: Tensor | None
     """[...]: which tokens were not in the vocabulary, on a device"""
@@ -101,19 +103,17 @@ class Rows(NamedTuple):
         vocabulary: int,
         inverse: float | Tensor | None,
         mask: Tensor | None,
+        counted: Tensor | None,
         lora: tuple[Tensor, Tensor] | None,
         dtype: torch.dtype,
-        picks: bool,
     ) -> "Rows":
-        """picks: leave the masked rows out; else they are zeros."""
+        """`counted`: which rows there are, in this order, where the masked ones are left out; else these are zeros."""
         safe_tokens, outside = inside_vocabulary(tokens, vocabulary, mask)
         rows = hidden.reshape(tokens.numel(), hidden.shape[-1])
         safe_tokens = safe_tokens.reshape(-1, 1)
         if isinstance(inverse, Tensor):
             inverse = inverse.reshape(-1, 1)
-        counted = None
-        if mask is not None and picks:
-            counted = mask.reshape(-1).nonzero().squeeze(-1)
+        if counted is not None:
             rows, safe_tokens = rows.index_select(0, counted), safe_tokens.index_select(0, counted)
             inverse = inverse.index_select(0, counted) if isinstance(inverse, Tensor) else inverse
         elif mask is not None:

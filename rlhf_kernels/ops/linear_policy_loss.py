@@ -100,22 +100,32 @@ def linear_policy_loss(
 
     dtype = _check.accumulation_dtype(*given)
     inverse = _rows.inverse_temperature(temperature, tokens.shape, mask, dtype)
-    rows = Rows.of(hidden, tokens, weight.shape[0], inverse, mask, lora, dtype, picks=True)
+    asks_gradient = mask
+    if not entropy_coefficient and (kl is None or not kl.coefficient):
+        asks_gradient = mask & _of_tokens(advantages if weights is None else advantages * weights, mask).ne(0)
+    learning, others = (x.reshape(-1).nonzero().squeeze(-1) for x in (asks_gradient, mask & ~asks_gradient))
+    rows = Rows.of(hidden, tokens, weight.shape[0], inverse, mask, torch.cat([learning, others]), lora, dtype)
     leaves = (rows.hidden, weight, bias, rows.low, None if lora is None else lora[1])
     of_rows = _OfRows.of(rows, old_logp, advantages, mask, weights, kl, _shares(mask, reduce, normalizer, dtype))
-    lots = (_lots_on_triton if triton else _LotsOnTorch)(rows, leaves, softcap, asks_entropy, dtype)
-    logps, entropies = [], []
+    lots = (_lots_on_triton if triton else _LotsOnTorch)(rows, learning.shape[0], leaves, softcap, asks_entropy, dtype)
+    logps: list[Tensor] = []
+    entropies: list[Tensor | None] = []
     with torch.no_grad():
-        for lot in lots:
+        for lot in lots.learning():
             passed = lots.forward(lot)
             logps.append(passed.logp)
-            entropies += [] if passed.entropies is None else [passed.entropies]
+            entropies.append(passed.entropies)
             slope = of_rows.slope(passed.logp.reshape(-1), lot, clips)
             of_entropy = -entropy_coefficient * of_rows.share[lot] if entropy_coefficient else None
             lots.backward(lot, passed, slope, of_entropy)
-        found = rows.results(torch.cat(logps), torch.cat(entropies) if entropies else None)
-        loss, metrics = loss_of(*found)
+        logp, entropy = lots.others()
+        logp, of_all = torch.cat([*logps, logp]), [x for x in (*entropies, entropy) if x is not None]
+        loss, metrics = loss_of(*rows.results(logp, torch.cat(of_all) if of_all else None))
     return PolicyLoss(_WithGradients.apply(loss, lots.gradients(), *leaves), metrics)
+
+
+def _of_tokens(x: Tensor, mask: Tensor) -> Tensor:
+    return x if x.shape == mask.shape else x[:, None].expand(mask.shape)
 
 
 def _shares(mask: Tensor, reduce: Reduce, normalizer: float | Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -149,7 +159,7 @@ class _OfRows:
         share: Tensor,
     ) -> "_OfRows":
         def per_row(x: Tensor) -> Tensor:
-            return rows.of_these(x if x.shape == mask.shape else x[:, None].expand(mask.shape)).detach()
+            return rows.of_these(_of_tokens(x, mask)).detach()
 
         if rows.outside is not None:
             share = share.masked_fill(rows.outside, 0)
@@ -180,27 +190,46 @@ Leaves = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 class _LotsOnTorch:
     """The rows by lots, each forward and then backward: the exponentials of one lot are kept, and not those of all."""
 
-    def __init__(self, rows: Rows, leaves: Leaves, softcap: float | None, entropy: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        learning: int,
+        leaves: Leaves,
+        softcap: float | None,
+        entropy: bool,
+        dtype: torch.dtype,
+    ) -> None:
         hidden, weight, bias, low, up = leaves
-        self._rows, self._entropy = rows, entropy
+        self._rows, self._learning, self._entropy = rows, learning, entropy
         self._head = Head.of(weight, bias, up, softcap, None, dtype)
         self._inputs = [x.detach() for x in (hidden, low) if x is not None]
         asks = [x is not None and x.requires_grad for x in leaves]
         self._sums = _linear_gradients.Sums(self._head, (asks[1], asks[4]), asks[2], [dtype] * 2)
         self._of_inputs = [
-            torch.empty_like(x, dtype=dtype) if wanted else None
+            torch.zeros_like(x, dtype=dtype) if wanted else None
             for x, wanted in zip(self._inputs, (asks[0], asks[3]), strict=False)
         ]
+        self._lots = max(1, math.ceil(learning / max(1, _linear_gradients.most_rows_kept(self._head))))
+        self._memory = _linear_gradients.memory_to_keep(math.ceil(learning / self._lots), self._head)
 
-    def __iter__(self) -> Iterator[slice]:
-        count = self._rows.tokens.shape[0]
-        lots = max(1, math.ceil(_linear_gradients.bytes_kept(count, self._head) / _linear_gradients.KEPT_BYTES))
-        return (slice(i * count // lots, (i + 1) * count // lots) for i in range(lots))
+    def learning(self) -> Iterator[slice]:
+        """The lots of the rows that may get a gradient, which are the first ones."""
+        return (
+            slice(i * self._learning // self._lots, (i + 1) * self._learning // self._lots) for i in range(self._lots)
+        )
+
+    def others(self) -> tuple[Tensor, Tensor | None]:
+        """logp and entropy of the rows that get none."""
+        passed = self._pass(slice(self._learning, None), [])
+        return passed.logp, passed.entropies
 
     def forward(self, lot: slice) -> Passed:
+        return self._pass(lot, [x[: lot.stop - lot.start] for x in self._memory])
+
+    def _pass(self, lot: slice, keep: list[Tensor]) -> Passed:
         inverse = _rows.part(self._rows.inverse, lot)
         inputs = [x[lot] for x in self._inputs]
-        return log_probs(inputs, self._head, self._rows.tokens[lot], inverse, self._entropy, keep=True)
+        return log_probs(inputs, self._head, self._rows.tokens[lot], inverse, self._entropy, keep)
 
     def backward(self, lot: slice, passed: Passed, grad_logp: Tensor, grad_entropy: Tensor | None) -> None:
         of_entropy = None if grad_entropy is None else grad_entropy[:, None]
@@ -217,7 +246,9 @@ class _LotsOnTorch:
         return [of_hidden, of_weight, self._sums.bias, *(of_low or [None]), *(of_up or [None])]
 
 
-def _lots_on_triton(rows: Rows, leaves: Leaves, softcap: float | None, entropy: bool, dtype: torch.dtype) -> Any:
+def _lots_on_triton(
+    rows: Rows, learning: int, leaves: Leaves, softcap: float | None, entropy: bool, dtype: torch.dtype
+) -> Any:
     from rlhf_kernels._triton import linear_logprobs, linear_policy_loss
 
     hidden, weight, *others = leaves
@@ -226,7 +257,7 @@ def _lots_on_triton(rows: Rows, leaves: Leaves, softcap: float | None, entropy: 
     bias = None if bias is None else bias.contiguous()
     head = linear_logprobs.Head(hidden.detach(), weight.detach(), bias, low, up, inverse, inverse_rows, softcap, None)
     asks = [x is not None and x.requires_grad for x in leaves]
-    return linear_policy_loss.Lots(head, rows.tokens.reshape(-1).contiguous(), entropy, asks)
+    return linear_policy_loss.Lots(head, rows.tokens.reshape(-1).contiguous(), learning, entropy, asks)
 
 
 class _WithGradients(torch.autograd.Function):
