@@ -33,6 +33,11 @@ def rows_first(x: Tensor) -> Tensor:
     return x
 
 
+def is_one_tile(x: Tensor) -> bool:
+    """Whether x [A, B, V] on a CPU is a single tile: the first thing that a small call asks."""
+    return 0 < x.numel() <= min(SMALLEST_TILE_ELEMENTS, CPU_TILE_ELEMENTS_PER_THREAD * torch.get_num_threads())
+
+
 class Tiles:
     """x [A, B, V] cut into tiles of whole rows; iterating gives their indices.
 
@@ -49,7 +54,7 @@ class Tiles:
 
     def __iter__(self) -> Iterator[Index]:
         if self.is_one:
-            yield ...  # see `part`: small calls spend their time on such things
+            yield ...  # the cheapest index: small calls spend their time on such things
             return
         first_rows, second_rows, _ = self._x.shape
         step = max(1, self.rows // max(1, second_rows))

@@ -231,10 +231,12 @@ class _TokenLogProbs(torch.autograd.Function):
         tiles = _rows.Tiles(logits, dtype, scratches=own_memory + (h is not None))
         scratch = tiles.scratch() if own_memory and kept is None else None
         second = None if h is None else tiles.scratch()
-        if kept is not None and not own_memory:
+        if ctx.inplace:
+            gradient = logits.detach()
+        elif kept is not None and not own_memory:
             gradient = kept
         else:
-            gradient = logits.detach() if ctx.inplace else logits.new_empty(logits.shape)
+            gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for tile in tiles:
             x, out = _rows.part(logits, tile), _rows.part(gradient, tile)
             d = _rows.part(kept, tile) if kept is not None else out if scratch is None else scratch.like(out)
@@ -276,28 +278,21 @@ def _forward(
     subtract it. The few rows whose sum is then too large or too small for that start again, from their maximum.
     """
     dtype = _check.accumulation_dtype(logits)
-    own = logits.gather(-1, tokens).to(dtype)
-    shift = None if _check.on_host(logits) else _rows.finite_maximum(logits).to(dtype)
-    tiles = _rows.Tiles(logits, dtype, scratches=1 + entropy)
-    keep = keep and tiles.is_one and _check.on_host(logits)
-    scratch = second = tiles.scratch()
-    kept = scratch.like(logits) if keep else None
-    if entropy and (keep or logits.dtype != dtype or shift is not None or inverse is not None):
-        second = tiles.scratch()  # z is not x, or the exponentials must outlive their product with z
-    totals, weighteds = [], []
-    for tile in tiles:
-        x, at = _rows.part(logits, tile), (_rows.part(shift, tile), _rows.part(inverse, tile))
-        z = _rows.over_temperature(x, *at, second.like(x))
-        exponential = torch.exp(z, out=scratch.like(x))
-        totals.append(_rows.sums(exponential))
-        if entropy:
-            weighteds.append(_rows.sums(torch.mul(z, exponential, out=second.like(x)), of_numbers=True))
-    total = _rows.joined(totals, own)
-    weighted = _rows.joined(weighteds, own) if entropy else None
+    own = logits.gather(-1, tokens)
+    if own.dtype != dtype:
+        own = own.to(dtype)
+    shift, kept = None, None
+    if _check.on_host(logits) and _rows.is_one_tile(logits):
+        exponential, total, weighted = _sums_at_once(logits, inverse, entropy, dtype)
+        kept = exponential if keep else None
+    else:
+        if not _check.on_host(logits):
+            shift = _rows.finite_maximum(logits).to(dtype)
+        total, weighted = _sums_by_tile(logits, shift, inverse, entropy, own)
 
     if shift is None and not _rows.all_safe(total):
         shift = torch.zeros_like(total)
-        _again_from_the_maximum(logits, inverse, masked, shift, total, weighted, kept, tiles.rows)
+        _again_from_the_maximum(logits, inverse, masked, shift, total, weighted, kept)
     log_total = total.log()
     logp = own if shift is None else own - shift
     logp = (logp if inverse is None else logp * inverse) - log_total
@@ -316,6 +311,37 @@ def _forward(
     return logp, entropies, kept, shift, total, still
 
 
+def _sums_at_once(
+    x: Tensor, inverse: float | Tensor | None, entropy: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The exponentials of a small x, and what `_sums_by_tile` gives for it, to the bit: without the tiles, the scratch
+    memory and the shift, which take a small call longer than its arithmetic does."""
+    z = (x if x.dtype == dtype else x.to(dtype)).contiguous()
+    if inverse is not None:
+        z = z * inverse
+    exponential = z.exp() if entropy or z is x else z.exp_()
+    return exponential, _rows.sums(exponential), _rows.sums(z * exponential, of_numbers=True) if entropy else None
+
+
+def _sums_by_tile(
+    logits: Tensor, shift: Tensor | None, inverse: float | Tensor | None, entropy: bool, own: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """sum_j exp(z_j) and, with entropy, sum_j z_j exp(z_j) of each row of z = (logits - shift) / temperature."""
+    tiles = _rows.Tiles(logits, own.dtype, scratches=1 + entropy)
+    scratch = second = tiles.scratch()
+    if entropy and (logits.dtype != own.dtype or shift is not None or inverse is not None):
+        second = tiles.scratch()
+    totals, weighteds = [], []
+    for tile in tiles:
+        x = logits[tile]
+        z = _rows.over_temperature(x, _rows.part(shift, tile), _rows.part(inverse, tile), second.like(x))
+        exponential = torch.exp(z, out=scratch.like(x))
+        totals.append(_rows.sums(exponential))
+        if entropy:
+            weighteds.append(_rows.sums(torch.mul(z, exponential, out=second.like(x)), of_numbers=True))
+    return _rows.joined(totals, own), _rows.joined(weighteds, own) if entropy else None
+
+
 def _again_from_the_maximum(
     logits: Tensor,
     inverse: float | Tensor | None,
@@ -324,12 +350,12 @@ def _again_from_the_maximum(
     total: Tensor,
     weighted: Tensor | None,
     kept: Tensor | None,
-    rows_at_once: int,
 ) -> None:
     """Overwrite what is wrong of the counted rows whose sum of exponentials is not safe."""
     again = ~_rows.is_safe(total)
     if masked is not None:
         again &= ~masked
+    rows_at_once = _rows.Tiles(logits, total.dtype, scratches=2).rows
     for positions in again.squeeze(-1).nonzero().split(rows_at_once):
         rows = (positions[:, 0], positions[:, 1])
         x = logits[rows].to(total.dtype)
