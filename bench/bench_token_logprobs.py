@@ -119,7 +119,7 @@ def test_token_logprobs(case: Case, benchmark: object) -> None:
 
 
 def parsed(shape: str) -> tuple[int, int, int]:
-    """"4x64x1000" as (4, 64, 1000)."""
+    """(4, 64, 1000) for "4x64x1000"."""
     sequences, length, vocabulary = map(int, shape.split("x"))
     return sequences, length, vocabulary
 
