@@ -1,8 +1,9 @@
 """token_logprobs beside what others write, interleaved in one process. Ours is checked before its time counts; the
 others are restated in bench/formulas.py, and what they are off by in bfloat16 stands under the table.
 
-python -m bench.bench_token_logprobs [rounds]           all shapes, float32 and bfloat16
-make bench                                              the small ones, as part of the suite
+python -m bench.bench_token_logprobs [rounds]             all shapes, float32 and bfloat16
+python -m bench.bench_token_logprobs rounds 4x64x1000 ..  these shapes [B, T, V]
+make bench                                                the small ones, as part of the suite
 """
 
 import sys
@@ -117,11 +118,18 @@ def test_token_logprobs(case: Case, benchmark: object) -> None:
     benchmark(step(case, ours))  # type: ignore[operator]
 
 
+def parsed(shape: str) -> tuple[int, int, int]:
+    """(4, 64, 1000) for "4x64x1000"."""
+    sequences, length, vocabulary = map(int, shape.split("x"))
+    return sequences, length, vocabulary
+
+
 def main() -> None:
     """Print a row for every case: milliseconds of each contestant, and the best rival's time over ours."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+    shapes = [parsed(shape) for shape in sys.argv[2:]] or SHAPES
     torch.set_num_threads(2)
-    rows = ((case, measure(case, rounds)) for case in cases(SHAPES))
+    rows = ((case, measure(case, rounds)) for case in cases(shapes))
     print_verdicts("[B, T, V], dtype, mode", CONTESTANTS, rows, rounds)
     errors = {
         name: error(Case(SHAPES[2], torch.bfloat16, MODES[0]), function) for name, function in CONTESTANTS.items()

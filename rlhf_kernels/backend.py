@@ -79,11 +79,10 @@ def use_triton(operation: str, *tensors: torch.Tensor) -> bool:
     if mode() == "torch":
         return False
     if mode() == "auto":
-        return (
-            all(x.is_cuda and x.dtype != torch.float64 for x in tensors)
-            and has_kernel(operation)
-            and _triton_problem() == ""
-        )
+        for x in tensors:  # a loop: all(...) takes several times as long, which small calls notice
+            if not x.is_cuda or x.dtype == torch.float64:
+                return False
+        return has_kernel(operation) and _triton_problem() == ""
     if not has_kernel(operation):
         raise RuntimeError(
             f"RLHF_KERNELS=triton, but {operation} has no Triton kernel in this version and would run on torch. "

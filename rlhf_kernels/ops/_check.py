@@ -79,9 +79,12 @@ def token_ids(tokens: Tensor, vocabulary: int) -> None:
 
 def on_host(x: Tensor) -> bool:
     """Whether the host may look at values: they lie in its memory, so that it need not wait for a device."""
-    return x.device.type == "cpu"
+    return x.is_cpu
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype to compute and answer in: float64 if any tensor is float64, else float32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    for tensor in tensors:  # a loop: any(...) takes several times as long, which small calls notice
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32

@@ -33,6 +33,11 @@ def rows_first(x: Tensor) -> Tensor:
     return x
 
 
+def is_one_tile(x: Tensor) -> bool:
+    """Whether x [A, B, V] on a CPU is a single tile: the first thing that a small call asks."""
+    return 0 < x.numel() <= min(SMALLEST_TILE_ELEMENTS, CPU_TILE_ELEMENTS_PER_THREAD * torch.get_num_threads())
+
+
 class Tiles:
     """x [A, B, V] cut into tiles of whole rows; iterating gives their indices.
 
@@ -40,18 +45,18 @@ class Tiles:
     """
 
     def __init__(self, x: Tensor, dtype: torch.dtype, scratches: int) -> None:
-        budget = DEVICE_TILE_ELEMENTS
-        if _check.on_host(x):
-            budget = CPU_TILE_ELEMENTS_PER_THREAD * torch.get_num_threads()
-        share = x.numel() * x.element_size() // (16 * dtype.itemsize * max(1, scratches))
-        self.rows = max(1, min(budget, max(share, SMALLEST_TILE_ELEMENTS)) // max(1, x.shape[-1]))
-        self._shape, self._dtype, self._device = x.shape, dtype, x.device
+        budget = CPU_TILE_ELEMENTS_PER_THREAD * torch.get_num_threads() if _check.on_host(x) else DEVICE_TILE_ELEMENTS
+        elements, width = x.numel(), max(1, x.shape[-1])
+        share = elements * x.element_size() // (16 * dtype.itemsize * max(1, scratches))
+        self.rows = max(1, min(budget, max(share, SMALLEST_TILE_ELEMENTS)) // width)
+        self.is_one = 0 < elements <= self.rows * width
+        self._x, self._dtype = x, dtype
 
     def __iter__(self) -> Iterator[Index]:
-        first_rows, second_rows, _ = self._shape
-        if self.is_one():
+        if self.is_one:
             yield ...  # the cheapest index: small calls spend their time on such things
             return
+        first_rows, second_rows, _ = self._x.shape
         step = max(1, self.rows // max(1, second_rows))
         for first in range(0, first_rows, step):
             for second in range(0, second_rows, self.rows):
@@ -59,14 +64,10 @@ class Tiles:
 
     def scratch(self) -> "Scratch":
         """Memory for one tile."""
-        if self.is_one():
-            return Scratch(torch.empty(self._shape, dtype=self._dtype, device=self._device))
-        elements = min(self._shape.numel(), self.rows * self._shape[-1])
-        return Scratch(torch.empty(elements, dtype=self._dtype, device=self._device))
-
-    def is_one(self) -> bool:
-        """Whether there is one tile, which is everything."""
-        return 0 < self._shape[0] * self._shape[1] <= self.rows
+        if self.is_one:
+            return Scratch(torch.empty_like(self._x, dtype=self._dtype, memory_format=torch.contiguous_format))
+        elements = min(self._x.numel(), self.rows * self._x.shape[-1])
+        return Scratch(self._x.new_empty(elements, dtype=self._dtype))
 
 
 class Scratch:
@@ -81,8 +82,8 @@ class Scratch:
 
 
 def part(value: Any, tile: Index) -> Any:
-    """The part of a per-row tensor that belongs to a tile; a number or None belongs to every tile."""
-    return value[tile] if isinstance(value, Tensor) else value
+    """The part of a tensor that belongs to a tile, itself where that is all; a number or None belongs to every tile."""
+    return value if tile is ... or not isinstance(value, Tensor) else value[tile]
 
 
 def over_temperature(x: Tensor, shift: Tensor | None, inverse: float | Tensor | None, out: Tensor) -> Tensor:
@@ -122,26 +123,16 @@ def all_safe(total: Tensor) -> bool:
     return float(lowest) > _SAFE_SUM[0] and float(highest) < _SAFE_SUM[1]
 
 
-def sums(x: Tensor) -> Tensor:
-    """The sum of each row as a column; a row's bits do not depend on how many others there are."""
+def sums(x: Tensor, *, of_numbers: bool = False) -> Tensor:
+    """The sum of each row as a column; a row's bits do not depend on how many others there are.
+
+    `of_numbers` leaves out what is NaN: exp(z) * z of an impossible token, which counts as 0.
+    """
+    add = torch.nansum if of_numbers else torch.sum
     if x.numel() == x.shape[-1] and x.is_cpu:
         # torch cuts the sum of a single long row into a part for each thread. Asked for two rows, it does not.
-        return x.expand(2, *x.shape[1:]).sum(-1, keepdim=True)[:1]
-    return x.sum(-1, keepdim=True)
-
-
-def clamped(x: Tensor, shift: Tensor | None, inverse: float | Tensor | None, out: Tensor) -> Tensor:
-    """z = (x - shift) / temperature into out, finite where it would be -inf: its exponential is 0 all the same."""
-    return torch.clamp(over_temperature(x, shift, inverse, out), min=SMALLEST_LOG, out=out)
-
-
-def entropy_of(z: Tensor, exponential: Tensor, total: Tensor) -> Tensor:
-    """The entropy of softmax(z) as a column, from `clamped` z, exp(z) and its sum. Overwrites z.
-
-    0 for a row of nothing but -inf.
-    """
-    weighted = sums(z.mul_(exponential))
-    return (total.log() - weighted / total).masked_fill_(total == 0, 0)
+        return add(x.expand(2, *x.shape[1:]), -1, keepdim=True)[:1]
+    return add(x, -1, keepdim=True)
 
 
 def joined(columns: list[Tensor], like: Tensor) -> Tensor:

@@ -48,8 +48,9 @@ def token_logprobs(
     Raises IndexError for a counted token outside [0, V) on a CPU (on a GPU, and under torch.compile, its logp is
     NaN); ValueError for shapes that do not match or a temperature that is not positive; TypeError for wrong dtypes.
     """
-    check_logits(logits, tokens, mask)
-    _check.together(logits=logits, tokens=tokens, mask=mask, temperature=temperature)
+    if not _clearly_right(logits, tokens, temperature, mask):
+        check_logits(logits, tokens, mask)
+        _check.together(logits=logits, tokens=tokens, mask=mask, temperature=temperature)
     dtype = _check.accumulation_dtype(logits)
     leading = logits.shape[:-1]
     inverse = _rows.inverse_temperature(temperature, leading, mask, dtype)
@@ -61,32 +62,36 @@ def token_logprobs(
         return definition(logits.to(dtype), tokens, inverse, mask, entropy)
     else:
         logp, entropies = _on_torch(logits, tokens, inverse, mask, entropy, inplace_backward)
-    return LogProbs(logp.view(tokens.shape), None if entropies is None else entropies.view(leading))
+    return LogProbs(logp.view_as(tokens), None if entropies is None else entropies.view(leading))
 
 
 def _on_torch(
     logits: Tensor, tokens: Tensor, inverse: float | Tensor | None, mask: Tensor | None, entropy: bool, inplace: bool
 ) -> tuple[Tensor, Tensor | None]:
     """logp [A, B, K] and entropy [A, B, 1]."""
-    several = tokens.dim() == logits.dim()
-    of_tokens = mask.unsqueeze(-1) if mask is not None and several else mask
-    safe_tokens, outside = inside_vocabulary(tokens, logits.shape[-1], of_tokens)
-    rows = _rows.rows_first(logits)
-    columns = (*rows.shape[:-1], 1)
-    if isinstance(inverse, Tensor):
-        inverse = inverse.reshape(columns)
-    masked = None if mask is None else ~mask.reshape(columns)
+    by_row = tokens if tokens.dim() == logits.dim() else tokens.unsqueeze(-1)
+    counts = None if mask is None else mask.unsqueeze(-1)
+    if counts is not None:
+        by_row = by_row.masked_fill(~counts, 0)
+    outside = None
+    if not _check.on_host(tokens):
+        by_row, outside = inside_vocabulary(by_row, logits.shape[-1], None)
     arguments = (
-        rows,
-        safe_tokens.reshape(*rows.shape[:-1], tokens.shape[-1] if several else 1),
-        inverse,
-        masked,
+        _rows.rows_first(logits),
+        _rows.rows_first(by_row.long()),
+        _rows.rows_first(inverse.unsqueeze(-1)) if isinstance(inverse, Tensor) else inverse,
+        None if counts is None else _rows.rows_first(~counts),
         entropy,
     )
-    if rows.requires_grad and torch.is_grad_enabled():
-        logp, entropies = _TokenLogProbs.apply(*arguments, inplace)
-    else:
-        logp, entropies, *_ = _forward(*arguments, keep=False)
+    try:
+        if logits.requires_grad and torch.is_grad_enabled():
+            logp, entropies = _TokenLogProbs.apply(*arguments, inplace)
+        else:
+            logp, entropies, *_ = _forward(*arguments, keep=False)
+    except (IndexError, RuntimeError):  # the gathering on a CPU looks at each id itself; this says which one it was
+        if outside is None:
+            _check.token_ids(by_row.view(tokens.shape), logits.shape[-1])
+        raise
     return (logp if outside is None else logp.masked_fill(outside.view(logp.shape), math.nan)), entropies
 
 
@@ -134,6 +139,22 @@ def definition(
         return LogProbs(logp, None)
     entropies = -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)).sum(-1, keepdim=True)
     return LogProbs(logp, entropies.masked_fill(dead | empty, 0).squeeze(-1))
+
+
+def _clearly_right(logits: Tensor, tokens: Tensor, temperature: float | Tensor, mask: Tensor | None) -> bool:
+    """Whether the checks can find nothing: a quick look at the plainest case, where they would take longer than the
+    arithmetic of a small call."""
+    return (
+        mask is None
+        and type(logits) is type(tokens) is Tensor
+        and not isinstance(temperature, Tensor)
+        and tokens.dtype == torch.int64
+        and logits.is_floating_point()
+        and logits.is_cpu
+        and tokens.is_cpu
+        and logits.dim() > 0
+        and logits.shape[:-1] == tokens.shape
+    )
 
 
 def check_logits(logits: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
@@ -210,29 +231,31 @@ class _TokenLogProbs(torch.autograd.Function):
         tiles = _rows.Tiles(logits, dtype, scratches=own_memory + (h is not None))
         scratch = tiles.scratch() if own_memory and kept is None else None
         second = None if h is None else tiles.scratch()
-        if kept is not None and not own_memory:
+        if ctx.inplace:
+            gradient = logits.detach()
+        elif kept is not None and not own_memory:
             gradient = kept
         else:
-            gradient = logits.detach() if ctx.inplace else logits.new_empty(logits.shape)
+            gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for tile in tiles:
-            x, out = logits[tile], gradient[tile]
-            d = kept[tile] if kept is not None else out if scratch is None else scratch.like(out)
+            x, out = _rows.part(logits, tile), _rows.part(gradient, tile)
+            d = _rows.part(kept, tile) if kept is not None else out if scratch is None else scratch.like(out)
             at = (_rows.part(shift, tile), _rows.part(inverse, tile))
-            bracket = g_of_row[tile]
+            bracket = _rows.part(g_of_row, tile)
             if second is not None and h is not None and log_scale is not None:
                 log_p_and_entropy = torch.sub(
-                    _rows.over_temperature(x, *at, second.like(x)), log_scale[tile], out=second.like(x)
+                    _rows.over_temperature(x, *at, second.like(x)), _rows.part(log_scale, tile), out=second.like(x)
                 )
-                bracket = log_p_and_entropy.clamp_(min=_rows.SMALLEST_LOG).mul_(h[tile]).add_(bracket)
+                bracket = log_p_and_entropy.clamp_(min=_rows.SMALLEST_LOG).mul_(_rows.part(h, tile)).add_(bracket)
             if kept is None:
                 _rows.exponentials(x, *at, d)
             if h is None:
-                d.mul_(bracket / -total[tile])
+                d.mul_(bracket / -_rows.part(total, tile))
             else:
-                d.mul_(bracket).div_(-total[tile])
-            d.scatter_add_(-1, tokens[tile], g[tile])
+                d.mul_(bracket).div_(-_rows.part(total, tile))
+            d.scatter_add_(-1, _rows.part(tokens, tile), _rows.part(g, tile))
             if still is not None:
-                _rows.zero_rows(d, still[tile])
+                _rows.zero_rows(d, _rows.part(still, tile))
             if own_memory:
                 out.copy_(d)
         return gradient, None, None, None, None, None
@@ -255,39 +278,68 @@ def _forward(
     subtract it. The few rows whose sum is then too large or too small for that start again, from their maximum.
     """
     dtype = _check.accumulation_dtype(logits)
-    own = logits.gather(-1, tokens).to(dtype)
-    shift = None if _check.on_host(logits) else _rows.finite_maximum(logits).to(dtype)
-    tiles = _rows.Tiles(logits, dtype, scratches=1 + entropy)
-    scratch, second = tiles.scratch(), tiles.scratch() if entropy else None
-    kept = scratch.like(logits) if keep and tiles.is_one() and _check.on_host(logits) else None
-    totals, entropy_columns = [], []
-    for tile in tiles:
-        x, at = logits[tile], (_rows.part(shift, tile), _rows.part(inverse, tile))
-        if second is None:
-            totals.append(_rows.sums(_rows.exponentials(x, *at, scratch.like(x))))
-            continue
-        z = _rows.clamped(x, *at, second.like(x))
-        exponential = torch.exp(z, out=scratch.like(x))
-        totals.append(_rows.sums(exponential))
-        entropy_columns.append(_rows.entropy_of(z, exponential, totals[-1]))
-    total = _rows.joined(totals, own)
-    entropies = _rows.joined(entropy_columns, own) if entropy else None
+    own = logits.gather(-1, tokens)
+    if own.dtype != dtype:
+        own = own.to(dtype)
+    shift, kept = None, None
+    if _check.on_host(logits) and _rows.is_one_tile(logits):
+        exponential, total, weighted = _sums_at_once(logits, inverse, entropy, dtype)
+        kept = exponential if keep else None
+    else:
+        if not _check.on_host(logits):
+            shift = _rows.finite_maximum(logits).to(dtype)
+        total, weighted = _sums_by_tile(logits, shift, inverse, entropy, own)
 
     if shift is None and not _rows.all_safe(total):
         shift = torch.zeros_like(total)
-        _again_from_the_maximum(logits, inverse, masked, shift, total, entropies, kept, tiles.rows)
+        _again_from_the_maximum(logits, inverse, masked, shift, total, weighted, kept)
+    log_total = total.log()
     logp = own if shift is None else own - shift
-    logp = (logp if inverse is None else logp * inverse) - total.log()
+    logp = (logp if inverse is None else logp * inverse) - log_total
+    entropies = None if weighted is None else log_total - weighted / total
     still = masked
     if shift is not None:
         empty = total == 0
         still = empty if masked is None else empty | masked
         logp.masked_fill_(empty, -math.inf)
+        if entropies is not None:
+            entropies.masked_fill_(empty, 0)
     if masked is not None:
         logp.masked_fill_(masked, 0)
         if entropies is not None:
             entropies.masked_fill_(masked, 0)
     return logp, entropies, kept, shift, total, still
+
+
+def _sums_at_once(
+    x: Tensor, inverse: float | Tensor | None, entropy: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The exponentials of a small x, and what `_sums_by_tile` gives for it, to the bit: without the tiles, the scratch
+    memory and the shift, which take a small call longer than its arithmetic does."""
+    z = (x if x.dtype == dtype else x.to(dtype)).contiguous()
+    if inverse is not None:
+        z = z * inverse
+    exponential = z.exp() if entropy or z is x else z.exp_()
+    return exponential, _rows.sums(exponential), _rows.sums(z * exponential, of_numbers=True) if entropy else None
+
+
+def _sums_by_tile(
+    logits: Tensor, shift: Tensor | None, inverse: float | Tensor | None, entropy: bool, own: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """sum_j exp(z_j) and, with entropy, sum_j z_j exp(z_j) of each row of z = (logits - shift) / temperature."""
+    tiles = _rows.Tiles(logits, own.dtype, scratches=1 + entropy)
+    scratch = second = tiles.scratch()
+    if entropy and (logits.dtype != own.dtype or shift is not None or inverse is not None):
+        second = tiles.scratch()
+    totals, weighteds = [], []
+    for tile in tiles:
+        x = logits[tile]
+        z = _rows.over_temperature(x, _rows.part(shift, tile), _rows.part(inverse, tile), second.like(x))
+        exponential = torch.exp(z, out=scratch.like(x))
+        totals.append(_rows.sums(exponential))
+        if entropy:
+            weighteds.append(_rows.sums(torch.mul(z, exponential, out=second.like(x)), of_numbers=True))
+    return _rows.joined(totals, own), _rows.joined(weighteds, own) if entropy else None
 
 
 def _again_from_the_maximum(
@@ -296,22 +348,22 @@ def _again_from_the_maximum(
     masked: Tensor | None,
     shift: Tensor,
     total: Tensor,
-    entropies: Tensor | None,
+    weighted: Tensor | None,
     kept: Tensor | None,
-    rows_at_once: int,
 ) -> None:
     """Overwrite what is wrong of the counted rows whose sum of exponentials is not safe."""
     again = ~_rows.is_safe(total)
     if masked is not None:
         again &= ~masked
+    rows_at_once = _rows.Tiles(logits, total.dtype, scratches=2).rows
     for positions in again.squeeze(-1).nonzero().split(rows_at_once):
         rows = (positions[:, 0], positions[:, 1])
         x = logits[rows].to(total.dtype)
         shift[rows] = maximum = _rows.finite_maximum(x)
-        z = _rows.clamped(x, maximum, _rows.part(inverse, rows), x)
+        z = _rows.over_temperature(x, maximum, _rows.part(inverse, rows), x)
         exponential = z.exp()
         total[rows] = _rows.sums(exponential)
         if kept is not None:
             kept[rows] = exponential
-        if entropies is not None:
-            entropies[rows] = _rows.entropy_of(z, exponential, total[rows])
+        if weighted is not None:
+            weighted[rows] = _rows.sums(z.mul_(exponential), of_numbers=True)

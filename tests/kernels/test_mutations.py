@@ -65,12 +65,19 @@ MUTATIONS = [
         "(own - log_total) * inverse - largest",
     ),
     Mutation(TRITON + "_rows.py", "the sum is not rescaled", "total = total * rescale +", "total = total +"),
-    Mutation(TORCH + "token_logprobs.py", "sign of the gradient", "bracket / -total[tile]", "bracket / total[tile]"),
+    Mutation(TORCH + "token_logprobs.py", "sign of the gradient", "bracket / -_rows", "bracket / _rows"),
     Mutation(
         TORCH + "token_logprobs.py",
         "no temperature in the log-prob",
-        "(logp if inverse is None else logp * inverse) - total.log()",
-        "logp - total.log()",
+        "(logp if inverse is None else logp * inverse) - log_total",
+        "logp - log_total",
+    ),
+    Mutation(TORCH + "token_logprobs.py", "no temperature in a small sum", "z = z * inverse", "z = z * 1"),
+    Mutation(
+        TORCH + "token_logprobs.py",
+        "an impossible token spoils the entropy",
+        "_rows.sums(z * exponential, of_numbers=True)",
+        "_rows.sums(z * exponential)",
     ),
     Mutation(TORCH + "token_logprobs.py", "no mask", "        logp.masked_fill_(masked, 0)\n", ""),
     Mutation(

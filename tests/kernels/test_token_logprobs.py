@@ -473,6 +473,22 @@ def test_a_counted_id_outside_the_vocabulary_raises(bad: int) -> None:
     assert token_logprobs(torch.randn(2, 2, 5), tokens, mask=mask).logp[1, 0] == 0
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (1, 1), (4, 3, 2), (200, 300)])
+@pytest.mark.parametrize("bad", [7, -1, 2**31 - 1])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_every_counted_id_is_looked_at(shape: tuple[int, ...], bad: int, dtype: torch.dtype) -> None:
+    """Nobody looks for them before the logits are gathered: so that must refuse them, however they are stored."""
+    logits = torch.randn(*shape[:2], 7, requires_grad=True)
+    last = [size - 1 for size in shape]
+    tokens = torch.zeros(shape, dtype=dtype)
+    tokens[tuple(last)] = bad
+    with pytest.raises(IndexError, match=rf"tokens\[{', '.join(map(str, last))}\] is {bad}, outside"):
+        token_logprobs(logits, tokens)
+    everywhere = torch.tensor(bad, dtype=dtype).expand(shape)
+    with pytest.raises(IndexError, match=rf"tokens\[{', '.join('0' * len(shape))}\] is {bad}, outside"):
+        token_logprobs(logits.detach(), everywhere)
+
+
 def test_a_device_answers_nan_where_it_cannot_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_check, "on_host", lambda x: False)
     mask = torch.tensor([True, True, True, True, False, False])
