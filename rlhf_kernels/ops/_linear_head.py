@@ -230,7 +230,7 @@ def _figures(
             copy = None if second is None else corner(second, tile, piece).copy_(z)
             totals.append(_rows.sums(z.exp_()))
             if copy is not None:
-                weighteds.append(_rows.sums(copy.clamp_(min=_rows.SMALLEST_LOG).mul_(z)))
+                weighteds.append(_rows.sums(copy.mul_(z), of_numbers=True))
         own, total, *weighted = (torch.cat(x) for x in (owns, totals, weighteds) if x)
         if elsewhere is not None:
             own = own.masked_fill(elsewhere, 0)
