@@ -39,10 +39,11 @@ def importance_weights(
     Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (truncated
     importance sampling); the truncation is that of Espeholt et al. 2018, "IMPALA".
     """
-    _check.floating(logp=logp, rollout_logp=rollout_logp)
-    _check.same_shape(logp=logp, rollout_logp=rollout_logp)
-    _check.boolean_mask(mask, logp.shape)
-    _check.together(logp=logp, rollout_logp=rollout_logp, mask=mask)
+    if not _check.alike(mask, logp, rollout_logp):
+        _check.floating(logp=logp, rollout_logp=rollout_logp)
+        _check.same_shape(logp=logp, rollout_logp=rollout_logp)
+        _check.boolean_mask(mask, logp.shape)
+        _check.together(logp=logp, rollout_logp=rollout_logp, mask=mask)
     if not cap > 0:
         raise ValueError(f"cap must be positive (math.inf for none), got {cap}")
     if level not in get_args(Level):

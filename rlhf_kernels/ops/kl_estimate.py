@@ -30,9 +30,10 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, *, kind: Kind = "k1") -> Tensor:
 
     Raises ValueError for another kind or shapes that differ, TypeError for a dtype that is not floating.
     """
-    _check.floating(logp=logp, ref_logp=ref_logp)
-    _check.same_shape(logp=logp, ref_logp=ref_logp)
-    _check.together(logp=logp, ref_logp=ref_logp)
+    if not _check.alike(None, logp, ref_logp):
+        _check.floating(logp=logp, ref_logp=ref_logp)
+        _check.same_shape(logp=logp, ref_logp=ref_logp)
+        _check.together(logp=logp, ref_logp=ref_logp)
     if kind not in get_args(Kind):
         raise ValueError(f"kind is {kind!r}; allowed are {', '.join(get_args(Kind))}")
     # torch.compile fuses the plain formula with what stands around it, which no kernel of ours can.

@@ -42,13 +42,14 @@ def value_loss(
     Source: OpenAI's lm-human-preferences and baselines; Huang et al. 2022, "The 37 Implementation Details of
     Proximal Policy Optimization", detail 9.
     """
-    _check.floating(values=values, old_values=old_values, returns=returns)
-    _check.same_shape(values=values, old_values=old_values, returns=returns)
-    _check.boolean_mask(mask, values.shape)
+    if not _check.alike(mask, values, old_values, returns) or isinstance(normalizer, Tensor):
+        _check.floating(values=values, old_values=old_values, returns=returns)
+        _check.same_shape(values=values, old_values=old_values, returns=returns)
+        _check.boolean_mask(mask, values.shape)
+        _check.together(values=values, old_values=old_values, returns=returns, mask=mask, normalizer=normalizer)
     if not clip > 0:
         raise ValueError(f"clip must be positive, got {clip}")
     check_normalizer(normalizer)
-    _check.together(values=values, old_values=old_values, returns=returns, mask=mask, normalizer=normalizer)
     # torch.compile fuses the plain formula with what stands around it, which no kernel of ours can.
     if backend.use_triton("value_loss", values, old_values, returns) and not torch.compiler.is_compiling():
         from rlhf_kernels._triton import value_loss as twin
