@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import _autograd
-from rlhf_kernels.ops._bits import kept, kept_, mask_bits
+from rlhf_kernels.ops import _masking
+from rlhf_kernels.ops._masking import keep_, kept
 from rlhf_kernels.ops._policy_terms import CISPO, GSPO, SAPO, Clip, Inputs
 from rlhf_kernels.ops.kl_estimate import Kind
 
@@ -58,7 +59,7 @@ def loss_and_metrics(inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, dict[s
     gained = _total(gain, share)
     values = _metrics(tokens, clipped)
     if kl is not None:
-        estimate, kl_slope = _kl(kept_(tokens.logp - _plain(kl.ref_logp, dtype), tokens.bits), kl.kind)
+        estimate, kl_slope = _kl(keep_(tokens.logp - _plain(kl.ref_logp, dtype), tokens.bits), kl.kind)
         total = float(estimate.sum())
         values["kl"] = total / count
         if kl.coefficient:
@@ -97,10 +98,10 @@ def _tokens(inputs: Inputs, dtype: torch.dtype) -> _Tokens | None:
     mask = inputs.mask.contiguous()
     if mask.numel() == 0:
         return None
-    bits = mask_bits(mask, dtype)
+    bits = _masking.bits(mask, dtype)
     logp = _plain(inputs.logp, dtype).contiguous()
-    log_ratio = kept_(logp - _plain(inputs.old_logp, dtype), bits)
-    ratio = kept_(log_ratio.exp(), bits)
+    log_ratio = keep_(logp - _plain(inputs.old_logp, dtype), bits)
+    ratio = keep_(log_ratio.exp(), bits)
     largest = float(ratio.max())
     if not LEAST_RATIO < largest < LARGEST_RATIO:
         return None

@@ -43,7 +43,10 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, *, kind: Kind = "k1") -> Tensor:
         estimates: Tensor = twin.KLEstimate.apply(logp.contiguous(), ref_logp.contiguous(), kind)
         return estimates
     dtype = _check.accumulation_dtype(logp, ref_logp)
-    difference = logp.to(dtype) - ref_logp.to(dtype)
+    # On small batches a conversion that changes nothing costs as much as the estimate.
+    difference = (logp if logp.dtype == dtype else logp.to(dtype)) - (
+        ref_logp if ref_logp.dtype == dtype else ref_logp.to(dtype)
+    )
     match kind:
         case "k1":
             return difference

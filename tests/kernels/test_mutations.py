@@ -46,7 +46,7 @@ SHARED = {
     "_moments": "masked_whiten",
     "_mean": "masked_mean",
     "_groups": "group_advantages",
-    "_bits": "policy_loss",
+    "_masking": "policy_loss",
     "_policy_formula": "policy_loss",
     "_policy_on_host": "policy_loss",
 }
@@ -151,7 +151,7 @@ MUTATIONS = [
     ),
     Mutation(TORCH + "_policy_on_host.py", "clipped, with a gradient", "clipped, value=-1", "clipped, value=0"),
     Mutation(TORCH + "_policy_on_host.py", "no length", "share[:, None] / -normalizer", "-1 / normalizer"),
-    Mutation(TORCH + "_bits.py", "junk stays", "x.view(bits.dtype).bitwise_and_(bits)", "pass"),
+    Mutation(TORCH + "_masking.py", "junk stays", "x.view(bits.dtype).bitwise_and_(bits)", "pass"),
     Mutation(TRITON + "importance_weights.py", "no mask", "tl.where(counted, new - old, 0.0)", "new - old"),
     Mutation(TRITON + "importance_weights.py", "no cap", "weight > cap, cap", "weight > cap, weight"),
     Mutation(TRITON + "kl_estimate.py", "sign of the gradient", "(-value).to(ref_gradient", "value.to(ref_gradient"),
