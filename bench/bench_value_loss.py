@@ -91,9 +91,9 @@ def step(case: Case, function: Callable[..., Tensor]) -> Callable[[], Tensor]:
 
 def error(case: Case, function: Callable[..., Tensor]) -> float:
     """Of the loss, relative to OpenRLHF's formula in float64."""
-    batch = batch_of(case.shape)
-    exact = openrlhf(*(x.double() for x in batch[:3]), batch[3])
-    return abs(float(function(*batch).double() / exact - 1))
+    *numbers, mask = batch_of(case.shape)
+    exact = openrlhf(*(x.double() for x in numbers), mask=mask)
+    return abs(float(function(*numbers, mask).double() / exact - 1))
 
 
 def measure(case: Case, rounds: int) -> Verdict:

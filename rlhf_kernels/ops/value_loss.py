@@ -35,8 +35,8 @@ def value_loss(
         normalizer: a positive number or a 0-d tensor on the same device; None = the number of counted tokens.
 
     Returns:
-        A 0-d float32 tensor (float64 if an input is), in the squared unit of the reward. A double backward raises,
-        unless torch.compile differentiates the formula itself. The Triton kernels: two launches forward, one backward.
+        A 0-d float32 tensor (float64 if an input is), in the squared unit of the reward. On a CPU, and where the
+        Triton kernels run (two launches forward, one backward), a double backward raises.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -66,10 +66,9 @@ def value_loss(
         number, slope, scale = _on_host(values, old_values.detach(), returns.detach(), mask, clip, normalizer, dtype)
         # Otherwise something is infinite or NaN, and the formula says what becomes of it.
         if math.isfinite(number):
-            if slope is None:
-                return torch.scalar_tensor(number, dtype=dtype, device=values.device)
-            loss = _Loss.apply(values, number, slope, scale)
-            return loss
+            if slope is not None:
+                return _Loss.apply(values, number, slope, scale)  # type: ignore[no-any-return]
+            return torch.scalar_tensor(number, dtype=dtype, device=values.device)
     return _formula(values, old_values.detach(), returns.detach(), mask, clip, normalizer, dtype)
 
 

@@ -172,7 +172,9 @@ MUTATIONS = [
         "junk comes back",
         "values = torch.where(mask, values.to(dtype), 0.0)",
         "values = values.to(dtype)",
+        path="device",
     ),
+    Mutation(TORCH + "value_loss.py", "a clipped value moves", "held, value=-1", "held, value=0"),
 ]
 
 

@@ -142,6 +142,7 @@ def test_a_counted_nan_is_not_hidden(path, place):
     assert value_loss(*inputs, mask).isnan()
 
 
+@pytest.mark.parametrize("path", ["host", "triton"], indirect=True)
 def test_a_double_backward_raises(path):
     values, old_values, returns, mask = example(6, torch.float32)
     values.requires_grad_()
