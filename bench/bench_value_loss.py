@@ -91,9 +91,9 @@ def step(case: Case, function: Callable[..., Tensor]) -> Callable[[], Tensor]:
 
 def error(case: Case, function: Callable[..., Tensor]) -> float:
     """Of the loss, relative to OpenRLHF's formula in float64."""
-    *numbers, mask = batch_of(case.shape)
-    exact = openrlhf(*(x.double() for x in numbers), mask=mask)
-    return abs(float(function(*numbers, mask).double() / exact - 1))
+    values, old_values, returns, mask = batch_of(case.shape)
+    exact = openrlhf(values.double(), old_values.double(), returns.double(), mask)
+    return abs(float(function(values, old_values, returns, mask).double() / exact - 1))
 
 
 def measure(case: Case, rounds: int) -> Verdict:

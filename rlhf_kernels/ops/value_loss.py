@@ -67,7 +67,7 @@ def value_loss(
         # Otherwise something is infinite or NaN, and the formula says what becomes of it.
         if math.isfinite(number):
             if slope is not None:
-                return _Loss.apply(values, number, slope, scale)  # type: ignore[no-any-return]
+                return _Loss.apply(values, number, slope, scale)
             return torch.scalar_tensor(number, dtype=dtype, device=values.device)
     return _formula(values, old_values.detach(), returns.detach(), mask, clip, normalizer, dtype)
 
