@@ -63,6 +63,20 @@ def boolean_mask(mask: Tensor, shape: Sequence[int], name: str = "mask") -> None
         raise ValueError(f"{name} has shape {list(mask.shape)}, expected {list(shape)} (one flag per token)")
 
 
+def alike(mask: Tensor | None, *tensors: Tensor) -> bool:
+    """Whether all is well at a glance: plain floating tensors, of one shape and on one device with the bool mask. Where
+    it says no, the other checks say what is wrong, if anything is. They cost more than an operation on a small batch.
+    """
+    first = tensors[0] if mask is None else mask
+    if type(first) is not Tensor or (mask is not None and mask.dtype != torch.bool):
+        return False
+    shape, device = first.shape, first.device
+    for x in tensors:
+        if type(x) is not Tensor or not x.is_floating_point() or x.shape != shape or x.device != device:
+            return False
+    return True
+
+
 def token_ids(tokens: Tensor, vocabulary: int) -> None:
     """Raise IndexError, naming the first offender, unless every id lies in [0, vocabulary). Reads the values:
     call it for CPU tensors only."""

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from torch import Tensor
 
@@ -115,6 +115,33 @@ class EntropyTerm:
 
     def __post_init__(self) -> None:
         _check_coefficient(self.coefficient)
+
+
+class Inputs(NamedTuple):
+    """The arguments of `policy_loss`, checked. form: the surrogate; sequences: whether each sequence is averaged."""
+
+    logp: Tensor
+    old_logp: Tensor
+    advantages: Tensor
+    mask: Tensor
+    form: Clip | Surrogate
+    weights: Tensor | None
+    kl: KLTerm | None
+    entropy: EntropyTerm | None
+    sequences: bool
+    normalizer: float | Tensor | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that decide the dtype of the result, and where it is computed."""
+        given = [self.logp, self.old_logp, self.advantages]
+        if self.weights is not None:
+            given.append(self.weights)
+        if self.kl is not None:
+            given.append(self.kl.ref_logp)
+        if self.entropy is not None:
+            given.append(self.entropy.entropy)
+        return given
 
 
 def _check_clips(clip_low: float, clip_high: float) -> None:

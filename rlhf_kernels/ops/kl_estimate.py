@@ -30,9 +30,10 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, *, kind: Kind = "k1") -> Tensor:
 
     Raises ValueError for another kind or shapes that differ, TypeError for a dtype that is not floating.
     """
-    _check.floating(logp=logp, ref_logp=ref_logp)
-    _check.same_shape(logp=logp, ref_logp=ref_logp)
-    _check.together(logp=logp, ref_logp=ref_logp)
+    if not _check.alike(None, logp, ref_logp):
+        _check.floating(logp=logp, ref_logp=ref_logp)
+        _check.same_shape(logp=logp, ref_logp=ref_logp)
+        _check.together(logp=logp, ref_logp=ref_logp)
     if kind not in get_args(Kind):
         raise ValueError(f"kind is {kind!r}; allowed are {', '.join(get_args(Kind))}")
     # torch.compile fuses the plain formula with what stands around it, which no kernel of ours can.
@@ -42,7 +43,10 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, *, kind: Kind = "k1") -> Tensor:
         estimates: Tensor = twin.KLEstimate.apply(logp.contiguous(), ref_logp.contiguous(), kind)
         return estimates
     dtype = _check.accumulation_dtype(logp, ref_logp)
-    difference = logp.to(dtype) - ref_logp.to(dtype)
+    # On small batches a conversion that changes nothing costs as much as the estimate.
+    difference = (logp if logp.dtype == dtype else logp.to(dtype)) - (
+        ref_logp if ref_logp.dtype == dtype else ref_logp.to(dtype)
+    )
     match kind:
         case "k1":
             return difference

@@ -47,6 +47,9 @@ SHARED = {
     "_mean": "masked_mean",
     "_groups": "group_advantages",
     "_linear_gradients": "linear_policy_loss",
+    "_masking": "policy_loss",
+    "_policy_formula": "policy_loss",
+    "_policy_on_host": "policy_loss",
 }
 QUICK = (
     "{path} and (textbook or temperature or junk or several or unlikely or dtypes)"
@@ -164,11 +167,15 @@ MUTATIONS = [
         "tl.load(counts",
     ),
     Mutation(
-        TORCH + "policy_loss.py",
+        TORCH + "_policy_formula.py",
         "the gate's temperatures change places",
         "advantages > 0, form.positive",
         "advantages < 0, form.positive",
+        path="formula",
     ),
+    Mutation(TORCH + "_policy_on_host.py", "clipped, with a gradient", "clipped, value=-1", "clipped, value=0"),
+    Mutation(TORCH + "_policy_on_host.py", "no length", "share[:, None] / -normalizer", "-1 / normalizer"),
+    Mutation(TORCH + "_masking.py", "junk stays", "x.view(bits.dtype).bitwise_and_(bits)", "pass"),
     Mutation(TRITON + "importance_weights.py", "no mask", "tl.where(counted, new - old, 0.0)", "new - old"),
     Mutation(TRITON + "importance_weights.py", "no cap", "weight > cap, cap", "weight > cap, weight"),
     Mutation(TRITON + "kl_estimate.py", "sign of the gradient", "(-value).to(ref_gradient", "value.to(ref_gradient"),
@@ -189,7 +196,9 @@ MUTATIONS = [
         "junk comes back",
         "values = torch.where(mask, values.to(dtype), 0.0)",
         "values = values.to(dtype)",
+        path="device",
     ),
+    Mutation(TORCH + "value_loss.py", "a clipped value moves", "held, value=-1", "held, value=0"),
 ]
 
 

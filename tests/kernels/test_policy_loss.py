@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf_kernels import CISPO, GSPO, SAPO, EntropyTerm, KLTerm, backend, policy_loss
+from rlhf_kernels.ops import _policy_on_host
 
 INTERPRETED = not torch.cuda.is_available()
 SURROGATES = [
@@ -20,11 +21,13 @@ SURROGATES = [
 REDUCTIONS = ["tokens", "sequences"]
 
 
-@pytest.fixture(params=["host", "triton"])
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Two of the three paths: this operation never looks at values on the host."""
-    if request.param == "host":
-        yield "host"
+@pytest.fixture(params=["host", "formula", "triton"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The formula is what the host takes for odd values, and torch.compile for all."""
+    if request.param != "triton":
+        if request.param == "formula":
+            monkeypatch.setattr(_policy_on_host, "loss_and_metrics", lambda *_: None)
+        yield request.param
         return
     with backend.using("triton"), torch.device("cpu" if INTERPRETED else "cuda"):
         yield "triton"
@@ -338,6 +341,22 @@ def test_gspo_of_one_token_is_ppo_and_its_gradient_is_shared_equally(path) -> No
     loss = policy_loss(logp, old_logp, advantages, mask, surrogate=GSPO(clip_low=0.5, clip_high=0.5)).loss
     for row, counts in zip(torch.autograd.grad(loss, logp)[0], mask, strict=True):
         assert row[counts].unique().numel() == 1 and row[counts].all() and not row[~counts].any()
+
+
+@pytest.mark.parametrize("which", ["logp", "entropy"])
+def test_the_rollout_may_come_from_inference_mode(which, path) -> None:
+    with torch.inference_mode():
+        old_logp, advantages, mask = (x.clone() for x in on_path(example(4, 3, 5, dtype=torch.float32))[1:])
+        ref_logp = old_logp + 0.1
+    leaves = {name: torch.full((3, 5), -1.0).requires_grad_(name == which) for name in ("logp", "entropy")}
+    options = {
+        "kl": KLTerm(ref_logp=ref_logp, coefficient=0.1),
+        "entropy": EntropyTerm(entropy=leaves["entropy"], coefficient=0.1),
+    }
+    if which == "entropy":
+        options["weights"] = advantages.abs()
+    policy_loss(leaves["logp"], old_logp, advantages, mask.clone(), **options).loss.backward()
+    assert leaves[which].grad.any()
 
 
 def test_only_logp_and_the_entropy_get_a_gradient(path) -> None:

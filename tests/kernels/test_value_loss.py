@@ -142,13 +142,28 @@ def test_a_counted_nan_is_not_hidden(path, place):
     assert value_loss(*inputs, mask).isnan()
 
 
-@pytest.mark.parametrize("path", ["triton"], indirect=True)
-def test_a_double_backward_raises_on_triton(path):
+@pytest.mark.parametrize("path", ["host", "triton"], indirect=True)
+def test_a_double_backward_raises(path):
     values, old_values, returns, mask = example(6, torch.float32)
     values.requires_grad_()
     (gradient,) = torch.autograd.grad(value_loss(values, old_values, returns, mask), values, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         gradient.sum().backward()
+
+
+def test_on_the_host_the_gradient_is_the_formulas_where_errors_tie_too():
+    """Every combination of a few values, many of them at an edge of the clip, and with a masked NaN."""
+    grid = torch.tensor([-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0])
+    values, old_values, returns = (torch.cat([x.flatten(), torch.tensor([math.nan])]) for x in torch.meshgrid(
+        grid, grid, grid, indexing="ij"))  # fmt: skip
+    mask = ~values.isnan()
+    for clip in (0.5, math.inf):
+        results = []
+        for definition in (value_loss, torch.compile(value_loss, fullgraph=True, backend="eager")):
+            leaf = values.clone().requires_grad_()
+            loss = definition(leaf, old_values, returns, mask, clip=clip, normalizer=1.0)
+            results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+        torch.testing.assert_close(*results, atol=0, rtol=0)
 
 
 def test_compiles_as_one_graph(path):
