@@ -39,7 +39,7 @@ def masked_mean(x: Tensor, mask: Tensor, *, normalizer: float | Tensor | None = 
         mean: Tensor = twin.MaskedMean.apply(x.contiguous(), mask.contiguous(), normalizer)
         return mean
     total = torch.where(mask, x, 0.0).sum(dtype=_check.accumulation_dtype(x))
-    return normalized(total, mask.sum(), normalizer)
+    return normalized(total, torch.count_nonzero(mask), normalizer)
 
 
 def check_normalizer(normalizer: float | Tensor | None) -> None:
