@@ -1,4 +1,4 @@
-"""Zeroing what a mask leaves out, on a CPU: torch multiplies, selects and fills by a boolean mask an entry at a time."""
+"""Zeroing what a mask leaves out on a CPU, where torch multiplies, selects and fills by a mask an entry at a time."""
 
 import torch
 from torch import Tensor

@@ -87,4 +87,5 @@ def _without_gradient(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool,
 
 
 def _in_float64(x: Tensor) -> Iterator[Tensor]:
-    return (piece.double() for piece in x.reshape(-1).split(_PIECE))
+    flat = x.reshape(-1)
+    return (flat[start : start + _PIECE].double() for start in range(0, len(flat), _PIECE))
