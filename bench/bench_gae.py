@@ -55,9 +55,9 @@ def test_gae(case: Case, benchmark: object) -> None:
 
 
 def main() -> None:
-    CONTEST.show("[B, T], mask", CASES, rounds=7)
+    CONTEST.show("[B, T], mask", CASES, rounds=5)
     CONTEST.show_row(LONG, CONTEST.measure(LONG, rounds=1, warmup=0, alone=True))
-    CONTEST.show_alone("[B, T], mask", CASES[:2], rounds=15)
+    CONTEST.show_alone("[B, T], mask", CASES[:2], rounds=7)
     CONTEST.show_errors(Case((16, 256), "holes"))
 
 

@@ -49,7 +49,7 @@ def test_leave_one_out(case: Case, benchmark: object) -> None:
 
 
 def main() -> None:
-    CONTEST.show("[groups, size]", CASES, rounds=101)
+    CONTEST.show("[groups, size]", CASES, rounds=15)
     CONTEST.show_errors(CASES[1])
 
 

@@ -59,7 +59,7 @@ def test_masked_mean(case: Case, benchmark: object) -> None:
 
 
 def main() -> None:
-    CONTEST.show("[B, T], direction", CASES, rounds=101)
+    CONTEST.show("[B, T], direction", CASES, rounds=15)
     CONTEST.show_errors(CASES[2])
 
 

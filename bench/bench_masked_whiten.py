@@ -49,7 +49,7 @@ def test_masked_whiten(case: Case, benchmark: object) -> None:
 
 
 def main() -> None:
-    CONTEST.show("[B, T], values", CASES, rounds=101)
+    CONTEST.show("[B, T], values", CASES, rounds=15)
     print("\nTRL and verl divide by the sample deviation, ours and OpenRLHF by the population's.")
     CONTEST.show_errors(FAR)
 

@@ -90,8 +90,8 @@ def test_shaped_gae(case: Case, benchmark: object) -> None:
 
 
 def main() -> None:
-    CONTEST.show("[B, T], mask", CASES, rounds=7)
-    CONTEST.show_alone("[B, T], mask", CASES[:2], rounds=15)
+    CONTEST.show("[B, T], mask", CASES, rounds=5)
+    CONTEST.show_alone("[B, T], mask", CASES[:2], rounds=7)
     CONTEST.show_errors(Case((16, 256), "holes"))
 
 

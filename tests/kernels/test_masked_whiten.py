@@ -60,7 +60,7 @@ def test_agrees_with_selecting(path, seed, shape, share, shift_mean, unbiased, d
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
-def test_several_pieces_of_different_means(shift_mean, monkeypatch):
+def test_several_pieces_of_different_means(path, shift_mean, monkeypatch):
     """As in a batch of millions; the last piece is not full, and counted values are far from those that are not."""
     monkeypatch.setattr("rlhf_kernels.ops.masked_whiten._PIECE", 1000)
     x = 1000 + 0.01 * torch.arange(9001.0)
