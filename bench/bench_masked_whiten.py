@@ -50,7 +50,9 @@ def test_masked_whiten(case: Case, benchmark: object) -> None:
 
 def main() -> None:
     CONTEST.show("[B, T], values", CASES, rounds=15)
-    print("\nTRL and verl divide by the sample deviation, ours and OpenRLHF by the population's.")
+    print(
+        "\nTRL and verl divide by the sample deviation, ours and OpenRLHF by the population's, which is taken for right."
+    )
     CONTEST.show_errors(FAR)
 
 
