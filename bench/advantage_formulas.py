@@ -3,7 +3,9 @@
 Each docstring names the function that it restates. Read for it: TRL 1.10; verl's core_algos.py at commit 012be9d;
 OpenRLHF's experience_maker.py at commit 01359b4 and models/utils.py at 02a2605. Written after what their documentation
 says, without the source at hand: verl's group statistics of `grpo_vectorized`, and OpenRLHF's normalisation over the
-batch and `rloo` baseline. Masks are bool [B, T]; rewards, values, log-probs and results [B, T]; scores and group ids [B].
+batch and `rloo` baseline.
+
+Masks are bool [B, T]; rewards, values, log-probs and results [B, T]; scores and group ids [B].
 """
 
 import torch

@@ -51,7 +51,7 @@ def test_masked_whiten(case: Case, benchmark: object) -> None:
 def main() -> None:
     CONTEST.show("[B, T], values", CASES, rounds=15)
     print(
-        "\nTRL and verl divide by the sample deviation, ours and OpenRLHF by the population's, which is taken for right."
+        "\nTRL and verl divide by the sample deviation, ours and OpenRLHF by the population's, which counts as right."
     )
     CONTEST.show_errors(FAR)
 

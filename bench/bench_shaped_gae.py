@@ -93,7 +93,7 @@ def main() -> None:
     CONTEST.show("[B, T], mask", CASES, rounds=5)
     CONTEST.show_alone("[B, T], mask", CASES[:2], rounds=7)
     print(
-        "\nTRL and verl divide by the sample deviation, ours and OpenRLHF by the population's, which is taken for right."
+        "\nTRL and verl divide by the sample deviation, ours and OpenRLHF by the population's, which counts as right."
     )
     CONTEST.show_errors(Case((16, 256), "holes"))
 
