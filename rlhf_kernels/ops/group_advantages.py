@@ -1,5 +1,6 @@
 """Advantages relative to the other answers to the same prompt (GRPO)."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -9,6 +10,9 @@ from rlhf_kernels import backend
 from rlhf_kernels.ops import _check
 
 Scale = Literal["std", "none"]
+Reduce = Literal["sum", "min"]
+OfGroup = Callable[[Tensor, Reduce], Tensor]
+_NOTHING = {"sum": 0.0, "min": torch.inf}
 
 
 @torch.no_grad()
@@ -71,7 +75,7 @@ class CentredGroups(NamedTuple):
     centred: Tensor
     """float64: score minus the mean of its group; 0 for an abstention"""
     votes: Tensor
-    """int64: how many sequences of the group did not abstain"""
+    """float64: how many sequences of the group did not abstain"""
     squares: Tensor
     """float64: the sum of the group's squared distances from its mean"""
 
@@ -79,28 +83,45 @@ class CentredGroups(NamedTuple):
 def centre_groups(scores: Tensor, groups: Tensor) -> CentredGroups:
     """Each score minus the mean of its group, in float64; equal scores give exactly 0.
 
-    No shape depends on the data, so nothing waits for a device, and each group is added up on its own in the order of
-    its rows, so that no bit depends on the others or on chance.
+    Each group is added up on its own in the order of its rows, so that no bit depends on the others or on chance.
     """
+    looked_at = _check.on_host(groups) and not torch.compiler.is_compiling()
+    of_group = _by_looking(groups) if looked_at else _by_sorting(groups)
+    scores = scores.double()
+    abstained = scores.isnan()
+    # Measured from the group's lowest score, equal scores are all 0, and no rounding can part them again.
+    height = (scores - of_group(scores.masked_fill(abstained, torch.inf), "min")).masked_fill_(abstained, 0.0)
+    votes = of_group((~abstained).double(), "sum")
+    centred = (height - of_group(height, "sum") / votes.clamp(min=1)).masked_fill_(abstained, 0.0)
+    return CentredGroups(centred, votes, of_group(centred.square(), "sum"))
+
+
+def _by_looking(groups: Tensor) -> OfGroup:
+    """A function that adds up each group, or finds its least, and gives that to all its rows."""
+    rests = max(len(groups) - 1, 0)
+    in_order = not torch.count_nonzero(groups[1:] < groups[:rests])
+    unique = torch.unique_consecutive if in_order else torch.unique
+    ids, number = unique(groups, return_inverse=True)
+
+    def of_group(x: Tensor, reduce: Reduce) -> Tensor:
+        table = x.new_full((len(ids),), _NOTHING[reduce])
+        table = table.index_add_(0, number, x) if reduce == "sum" else table.scatter_reduce_(0, number, x, "amin")
+        return table.index_select(0, number)
+
+    return of_group
+
+
+def _by_sorting(groups: Tensor) -> OfGroup:
+    """The same where no shape may depend on the data, so that nothing waits for a device."""
     ordered, order = groups.sort(stable=True)
     number = torch.zeros_like(order)
     number[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
     sizes = torch.zeros_like(order).index_add_(0, number, torch.ones_like(order))
+    number = torch.empty_like(order).scatter_(0, order, number)
 
-    def of_group(x: Tensor, reduce: Literal["sum", "min"]) -> Tensor:
+    def of_group(x: Tensor, reduce: Reduce) -> Tensor:
         # torch would wait for the device to look at the sizes, but for `unsafe`.
-        initial = {"sum": 0.0, "min": torch.inf}[reduce]
-        return torch.segment_reduce(x, reduce, lengths=sizes, unsafe=True, initial=initial)[number]
+        initial = _NOTHING[reduce]
+        return torch.segment_reduce(x[order], reduce, lengths=sizes, unsafe=True, initial=initial)[number]
 
-    def unsorted(x: Tensor) -> Tensor:
-        return torch.empty_like(x).scatter_(0, order, x)
-
-    sorted_scores = scores[order].double()
-    voted = ~sorted_scores.isnan()
-    # Measured from the group's lowest score, equal scores are all 0, and no rounding can part them again.
-    lowest = of_group(torch.where(voted, sorted_scores, torch.inf), "min")
-    height = torch.where(voted, sorted_scores - lowest, 0.0)
-    votes = of_group(voted.double(), "sum")
-    centred = torch.where(voted, height - of_group(height, "sum") / votes.clamp(min=1), 0.0)
-    squares = of_group(centred.square(), "sum")
-    return CentredGroups(unsorted(centred), unsorted(votes.long()), unsorted(squares))
+    return of_group

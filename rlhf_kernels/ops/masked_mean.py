@@ -39,7 +39,9 @@ def masked_mean(x: Tensor, mask: Tensor, *, normalizer: float | Tensor | None = 
         mean: Tensor = twin.MaskedMean.apply(x.contiguous(), mask.contiguous(), normalizer)
         return mean
     total = torch.where(mask, x, 0.0).sum(dtype=_check.accumulation_dtype(x))
-    return normalized(total, mask.sum(), normalizer)
+    if normalizer is None and _check.on_host(mask) and not torch.compiler.is_compiling():
+        return total / max(int(torch.count_nonzero(mask)), 1)
+    return normalized(total, torch.count_nonzero(mask), normalizer)
 
 
 def check_normalizer(normalizer: float | Tensor | None) -> None:

@@ -1,10 +1,16 @@
 """Shift and scale the counted entries to mean 0 and standard deviation 1."""
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from rlhf_kernels import backend
-from rlhf_kernels.ops import _check
+from rlhf_kernels.ops import _check, _masking
+
+# Entries of a float64 copy that stays in a core's cache.
+_PIECE = 1 << 16
 
 
 def masked_whiten(
@@ -12,7 +18,7 @@ def masked_whiten(
 ) -> Tensor:
     """`(x - mean) / sqrt(var + eps)` over the counted entries; 0 at the others, whatever they hold.
 
-    The variance is the mean squared distance from the mean (two passes, in float64), never E[x^2] - E[x]^2,
+    The variance is the mean squared distance from the mean (two passes, summed in float64), never E[x^2] - E[x]^2,
     which loses everything where the mean is large: 1000 + .01 k comes out right to the rounding of the result.
 
     x gets a gradient, through mean and variance too; where the Triton kernels run (two launches forward, two
@@ -45,6 +51,8 @@ def masked_whiten(
 
         answer: Tensor = twin.MaskedWhiten.apply(x.contiguous(), mask.contiguous(), shift_mean, unbiased, eps)
         return answer
+    if _check.on_host(x) and not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()):
+        return _without_gradient(x, mask, shift_mean, unbiased, eps)
     counted = torch.where(mask, x, 0.0).double()
     count = mask.sum()
     mean = counted.sum() / count.clamp(min=1)
@@ -54,3 +62,30 @@ def masked_whiten(
     if not shift_mean:
         whitened = torch.where(mask, whitened + mean, 0.0)
     return whitened.to(_check.accumulation_dtype(x))
+
+
+def _without_gradient(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool, eps: float) -> Tensor:
+    """The same on a CPU, without a float64 copy of the whole.
+
+    Near the mean, distances from it are exact in the dtype of x too; what its own rounding adds to them is found in
+    float64 afterwards, and leaves them with the multiplication, which rounds once.
+    """
+    dtype = _check.accumulation_dtype(x)
+    bits = _masking.bits(mask, dtype)
+    centred = _masking.kept(x.to(dtype), bits)
+    count = max(int(torch.count_nonzero(mask)), 1)
+    mean = sum(float(piece.sum()) for piece in _in_float64(centred)) / count
+    _masking.keep_(centred.sub_(mean), bits)
+    rest = squares = 0.0
+    for piece in _in_float64(centred):
+        rest += float(piece.sum()) / count
+        squares += float(piece.dot(piece))
+    variance = max(squares - count * rest**2, 0.0) / max(count - int(unbiased), 1)
+    scale = min(1 / math.sqrt(variance + eps), torch.finfo(dtype).max)
+    offset = torch.tensor(-rest * scale if shift_mean else mean - rest * scale, dtype=dtype)
+    return _masking.keep_(torch.add(offset, centred, alpha=scale, out=centred), bits)
+
+
+def _in_float64(x: Tensor) -> Iterator[Tensor]:
+    flat = x.reshape(-1)
+    return (flat[start : start + _PIECE].double() for start in range(0, len(flat), _PIECE))

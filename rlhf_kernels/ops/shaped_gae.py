@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import backend
-from rlhf_kernels.ops import _check, _scan
+from rlhf_kernels.ops import _check, _masking, _scan
 from rlhf_kernels.ops.gae import lambda_returns
 from rlhf_kernels.ops.kl_estimate import Kind, kl_estimate
 from rlhf_kernels.ops.masked_whiten import masked_whiten
@@ -119,9 +119,15 @@ def shaped_rewards(
     reward_clip: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The shaped rewards and the KL estimates, on torch, in the dtype of the scores."""
-    kl = torch.where(mask, kl_estimate(logp, ref_logp, kind=kind), 0.0).to(scores.dtype)
+    kl = kl_estimate(logp, ref_logp, kind=kind).to(scores.dtype)
     if reward_clip is not None:
         scores = scores.clamp(-reward_clip, reward_clip)
+    if cu_seqlens is None and mask.numel() and _check.on_host(mask) and not torch.compiler.is_compiling():
+        kl = _masking.kept(kl, _masking.bits(mask, kl.dtype))
+        after = (mask * torch.arange(1, mask.shape[1] + 1, dtype=torch.int32)).amax(1, keepdim=True)
+        last_scores = torch.where(after > 0, scores[:, None], 0.0)
+        return (-beta * kl).scatter_add_(1, after.clamp(min=1).long() - 1, last_scores), kl
+    kl = torch.where(mask, kl, 0.0)
     layout = _scan.Layout.of(mask, cu_seqlens)
     counted = mask.cumsum(-1)
     last = mask & (counted == layout.at_end(counted))

@@ -46,7 +46,9 @@ def vtrace(
         gamma: discount per counted token, in [0, 1].
         lam: factor of every c, in [0, 1] (the paper's remark 2).
         rho_clip: bound of rho, which decides what the targets converge to; positive, math.inf for none.
-        c_clip: bound of c, which decides how far corrections reach; positive, at most rho_clip in the paper.
+        c_clip: bound of c, which decides how far corrections reach; positive. The paper has c_clip <= rho_clip, and 1
+            for both. Above 1 nothing bounds a product of many c: over a long sequence it can pass float32's range, and
+            the targets become infinite or NaN. At most 1 they stay finite at any length.
         bootstrap: `[B]` floating, value after the last counted token of a truncated sequence; None = all ended, 0.
         cu_seqlens: `[S + 1]` integer, for packed input, as in `gae`; bootstrap is `[S]` then.
 

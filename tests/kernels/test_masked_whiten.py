@@ -59,6 +59,24 @@ def test_agrees_with_selecting(path, seed, shape, share, shift_mean, unbiased, d
     torch.testing.assert_close(whitened.double(), expected, atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_several_pieces_of_different_means(path, shift_mean, monkeypatch):
+    """As in a batch of millions; the last piece is not full, and counted values are far from those that are not."""
+    monkeypatch.setattr("rlhf_kernels.ops.masked_whiten._PIECE", 1000)
+    x = 1000 + 0.01 * torch.arange(9001.0)
+    mask = torch.rand(9001) < 0.8
+    counted = x[mask].double()
+    expected = (counted - counted.mean()) / (counted.var(correction=0) + 1e-8).sqrt()
+    expected = expected if shift_mean else expected + counted.mean()
+    whitened = masked_whiten(torch.where(mask, x, -torch.inf), mask, shift_mean=shift_mean)
+    torch.testing.assert_close(whitened[mask].double(), expected, atol=2e-7, rtol=0 if shift_mean else 1.2e-7)
+    assert not whitened[~mask].any()
+
+
+def test_a_hardly_positive_eps_is_no_overflow():
+    assert not masked_whiten(torch.full((3,), 0.1), torch.ones(3).bool(), eps=1e-90).any()
+
+
 def test_equal_entries_and_a_single_one_become_zero(path):
     for x in (torch.full((4,), 0.1), torch.full((5000,), 0.1), torch.tensor([3.0])):
         for unbiased in (False, True):

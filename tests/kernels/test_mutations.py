@@ -181,6 +181,16 @@ MUTATIONS = [
     Mutation(TRITON + "kl_estimate.py", "sign of the gradient", "(-value).to(ref_gradient", "value.to(ref_gradient"),
     Mutation(TRITON + "_moments.py", "blocks of other means", "+ apart * apart * count_a * share", ""),
     Mutation(TRITON + "masked_whiten.py", "the mean gets no gradient", "scale * upstream_mean", "0.0 * upstream_mean"),
+    Mutation(
+        TORCH + "masked_whiten.py",
+        "the masked are not zeroed again",
+        "keep_(centred.sub_(mean), bits)",
+        "kept(centred.sub_(mean), bits)",
+    ),
+    Mutation(TORCH + "masked_whiten.py", "the mean's rounding stays", "-rest * scale if", "0.0 if"),
+    Mutation(
+        TORCH + "group_advantages.py", "an abstention votes", "(~abstained).double()", "scores.new_ones(len(scores))"
+    ),
     Mutation(TRITON + "_mean.py", "0 over 0", "tl.where((count == 0) & (by == 0), 1.0, by)", "by"),
     Mutation(TRITON + "_groups.py", "an abstention votes", "(at < end) & (score == score)", "at < end"),
     Mutation(TRITON + "_groups.py", "only one block of a group", "while found == BLOCK:", "if True:"),

@@ -89,6 +89,15 @@ def test_a_policy_that_would_not_have_acted_so_learns_nothing_from_it():
     assert torch.equal(result.returns, torch.where(mask, values, 0.0))
 
 
+def test_only_a_clip_above_1_lets_products_of_corrections_pass_all_bounds(path):
+    """512 ratios of e: e^512 is no float32."""
+    rewards, values = torch.randn(2, 1, 512)
+    logp, mask = torch.zeros(1, 512), torch.ones(1, 512, dtype=torch.bool)
+    for c_clip in (1.0, math.inf):
+        results = vtrace(rewards, values, logp, logp - 1, mask, c_clip=c_clip)
+        assert all(x.isfinite().all() == (c_clip == 1.0) for x in results)
+
+
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 def test_a_counted_nan_stays_in_its_row(layout, path, small_tiles):
     tokens, mask, _ = example(3, 3, 40)
