@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import rlhf_kernels
-from bench import formulas
-from bench.edge_cases import head
+from . import formulas
+from .edge_cases import head
 from rlhf_kernels import backend
 
 Function = Callable[..., dict[str, Tensor]]

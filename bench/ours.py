@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from bench.subject import Setting, letter_share, make_preferences
+from .subject import Setting, letter_share, make_preferences
 from rlhf_engine import Engine, FunctionReward, Models, Preference, Prompt
 from rlhf_engine.engine import step_optimizer
 from rlhf_engine.stages.reward import score_pairs

@@ -24,7 +24,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from bench.subject import Setting, letter_share, make_preferences
+from .subject import Setting, letter_share, make_preferences
 
 STEPS = 10_000  # more than any bench asks for: the trainers want to know the length of their schedule
 
