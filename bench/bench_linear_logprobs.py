@@ -77,8 +77,8 @@ BENCH = Bench(
     tiny=(8, 16, 100),
     gpu_shapes=[(8192, 4096, 151_936)],
     sweeps={
-        "V": {v: (128, 128, v) for v in (1000, 8000, 32_000, 151_936)},
-        "N": {n: (n, 128, 8000) for n in (32, 128, 512, 2048)},
+        "V": {v: (64, 128, v) for v in (1000, 8000, 32_000, 151_936)},
+        "N": {n: (n, 128, 8000) for n in (16, 64, 256, 1024)},
     },
     dtypes=[torch.float32, torch.bfloat16],
     directions=[BOTH],

@@ -320,7 +320,7 @@ def _timed(
             one.call(bench, case, next(turn))()
 
     steps = {name: partial(step, one, repeats[name]) for name, one in ready.items()}
-    warmup = 0 if rounds == 1 else 1
+    warmup = 0 if rounds == 1 or round_seconds > 0.3 else 1  # everybody has been called twice already
     taken = (interleave_on_gpu if options.device.type == "cuda" else interleave)(steps, rounds, warmup)
     return {
         name: Timing(cpu=[x / repeats[name] for x in timing.cpu], wall=[x / repeats[name] for x in timing.wall])

@@ -1,7 +1,7 @@
 """The most memory that a call adds to its inputs, measured in a fresh process for each.
 
-On a CPU: one server has imported everything and started no thread; each measurement is a fork of it, which makes the
-inputs, calls once on tiny ones (what torch sets up once is not the call's), gives free memory back, resets the kernel's
+On a CPU: one server has imported everything, made the inputs and started no thread; each measurement is a fork of it,
+which calls once on tiny inputs (what torch sets up once is not the call's), gives free memory back, resets the kernel's
 high-water mark and calls. On a GPU the allocator counts its own bytes, so that no other process is needed.
 """
 
@@ -13,6 +13,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,37 +63,47 @@ class Server:
 
 
 def serve() -> None:
-    """Answer each line of the input with a line: bytes, or a text that says what went wrong."""
+    """Answer each line of the input with a line: bytes, or a text that says what went wrong.
+
+    The inputs of a case are made here, by one thread: a process that has started others cannot be forked safely.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    last: tuple[Any, ...] = ()
     for line in sys.stdin:
         asked = json.loads(line)
-        importlib.import_module(asked["module"])
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reader)
-            with os.fdopen(writer, "w") as answer:
-                try:
-                    json.dump(_answer(**asked), answer)
-                except BaseException as error:  # noqa: B036 (whatever it is, it is the answer)
-                    json.dump(f"{type(error).__name__}: {error}", answer)
-            os._exit(0)
-        os.close(writer)
-        with os.fdopen(reader) as answer:
-            text = answer.read()
-        _, status = os.waitpid(child, 0)
-        print(text or json.dumps(f"killed by signal {os.WTERMSIG(status)}"), flush=True)
+        bench: Bench = importlib.import_module(asked["module"]).BENCH
+        shape, dtype, direction, form = asked["case"]
+        case = Case(tuple(shape), getattr(torch, dtype), direction, form)
+        if last[:2] != (bench.operation, case):
+            small = replace(case, shape=bench.tiny)
+            device = torch.device("cpu")
+            last = ()  # lets go of the inputs of the case before
+            last = (bench.operation, case, *(harness.make_inputs(bench, of, device) for of in (small, case)))
+        chosen = next(one for one in harness.contestants(bench, device) if one.name == asked["contestant"])
+        calls = chosen.call(bench, small, last[2]), chosen.call(bench, case, last[3])
+        print(_in_a_fork(*calls, threads), flush=True)
 
 
-def _answer(module: str, case: list[Any], contestant: str) -> int:
-    bench: Bench = importlib.import_module(module).BENCH
-    shape, dtype, direction, form = case
-    asked = Case(tuple(shape), getattr(torch, dtype), direction, form)
-    device = torch.device("cpu")
-    small = Case(bench.tiny, asked.dtype, direction, form)
-    chosen = next(one for one in harness.contestants(bench, device) if one.name == contestant)
-    chosen.call(bench, small, harness.make_inputs(bench, small, device))()
-    call = chosen.call(bench, asked, harness.make_inputs(bench, asked, device))
-    return peak(call)
+def _in_a_fork(warm_up: Callable[[], object], call: Callable[[], object], threads: int) -> str:
+    """The answer of a child, as JSON."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        with os.fdopen(writer, "w") as answer:
+            try:
+                torch.set_num_threads(threads)
+                warm_up()
+                json.dump(peak(call), answer)
+            except BaseException as error:  # whatever it is, it is the answer
+                json.dump(f"{type(error).__name__}: {error}", answer)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        text = answer.read()
+    _, status = os.waitpid(child, 0)
+    return text or json.dumps(f"killed by signal {os.WTERMSIG(status)}")
 
 
 def peak(call: Any) -> int:
