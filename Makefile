@@ -22,7 +22,7 @@ test: $(READY) $(RATINGS)  ## run the test suite
 	@$(BIN)/python -m pytest
 
 bench: $(READY) $(RATINGS) $(BENCH_READY)  ## time the operations and the training steps against their rivals
-	@$(BIN)/python -m pytest bench --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
+	@$(BIN)/rlhf bench --quick --minutes 9
 
 lint: $(READY) $(RATINGS)  ## check style, format and types
 	@$(BIN)/ruff check .

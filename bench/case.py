@@ -5,8 +5,8 @@ timing, checking, memory, ceilings, tables and pictures, is shared and knows no 
     test_gae = pytest_of(BENCH)                     # bench.command
 
 A contestant is a function that takes the inputs by name and returns a tensor or a tuple of tensors; where a value is
-not offered, None. "ours" is timed on torch and, where there is a GPU, on its kernel; "naive" is what one writes by hand,
-and what torch.compile gets unless `compiled` says otherwise. A `Rival` is somebody's own code, from their package.
+not offered, None. "ours" is timed on torch and, where there is a GPU, on its kernel; "naive" is what one writes by
+hand, and what torch.compile gets unless `compiled` says otherwise. A `Rival` is somebody's own code, in a package.
 """
 
 import itertools

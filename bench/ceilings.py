@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -20,12 +21,12 @@ def measure(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool = F
     bytes_copied = (2**31 if gpu else 2**29) >> (6 if quick else 0)
     source = torch.ones(bytes_copied // 4, device=device)
     target = torch.zeros_like(source)
-    found = {COPY: 2 * bytes_copied / _best(lambda: target.copy_(source), device) / 1e9}
+    found = {COPY: 2 * bytes_copied / _best(partial(target.copy_, source), device) / 1e9}
     del source, target
     for dtype in dtypes:
         size = (8192 if gpu else 1024) >> (2 if quick else 0)
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        found[matmul_name(name_of(dtype))] = 2 * size**3 / _best(lambda a=a, b=b: a @ b, device) / 1e12
+        found[matmul_name(name_of(dtype))] = 2 * size**3 / _best(partial(torch.matmul, a, b), device) / 1e12
     return found
 
 

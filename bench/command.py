@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import ceilings, harness, tables
-from .case import BOTH, Bench, Case, Shape, name_of
+from .case import Bench, Case, Shape, name_of
 from .harness import Options, contestants, make_inputs, measure
 from .peak_memory import Server, peak_on_gpu
 from .record import Record, Results, comparable, drift, header, regressions
@@ -87,7 +87,9 @@ def module_of(operation: str) -> str:
 
 def chosen(request: Request) -> list[str]:
     if unknown := set(request.ops) - set(operations()):
-        raise BenchError(f"--ops: there is no bench of {', '.join(sorted(unknown))}; there is {', '.join(operations())}")
+        raise BenchError(
+            f"--ops: there is no bench of {', '.join(sorted(unknown))}; there is {', '.join(operations())}"
+        )
     return list(request.ops) or operations()
 
 
@@ -198,7 +200,9 @@ def with_huge_pages(records: list[Record], operation: str, request: Request, clo
         command += ["--quick"] if request.quick else []
         command += ["--no-compile"] if request.options.compiled else ["--compile"]
         command += ["--rounds", str(max(3, request.options.rounds // 2))]
-        command += ["--shapes", ",".join("x".join(map(str, shape)) for shape in request.shapes)] if request.shapes else []
+        command += (
+            ["--shapes", ",".join("x".join(map(str, shape)) for shape in request.shapes)] if request.shapes else []
+        )
         try:
             done = subprocess.run(
                 command, env={**os.environ, HUGE_PAGES: "1"}, capture_output=True, text=True, timeout=clock.left

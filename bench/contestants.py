@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 import rlhf_kernels
+from rlhf_kernels import backend
+
 from . import formulas
 from .edge_cases import head
-from rlhf_kernels import backend
 
 Function = Callable[..., dict[str, Tensor]]
 

@@ -159,10 +159,8 @@ def truth(bench: Bench, case: Case, inputs: dict[str, Any]) -> Truth:
     return Truth(found[:cut], dict(zip(leaves, gradients, strict=True)), rows, checked)
 
 
-def judge(
-    bench: Bench, case: Case, given: list[Tensor | None], right: Truth, ours: bool
-) -> tuple[float, float, str]:
-    """(largest error, what is allowed, what is wrong): of the outputs, or of a gradient where that fails or alone is."""
+def judge(bench: Bench, case: Case, given: list[Tensor | None], right: Truth, ours: bool) -> tuple[float, float, str]:
+    """(the largest error of the outputs, what is allowed of that, what is wrong with them or the gradients)."""
     leaves = bench.leaves if case.backward else ()
     cut = len(given) - len(leaves)
     worst, allowed, faults = 0.0, bench.allowed, []
@@ -319,7 +317,7 @@ def _timed(
         for _ in range(times):
             one.call(bench, case, next(turn))()
 
-    steps = {name: partial(step, one, repeats[name]) for name, one in ready.items()}
+    steps: dict[str, Callable[[], object]] = {name: partial(step, one, repeats[name]) for name, one in ready.items()}
     warmup = 0 if rounds == 1 or round_seconds > 0.3 else 1  # everybody has been called twice already
     taken = (interleave_on_gpu if options.device.type == "cuda" else interleave)(steps, rounds, warmup)
     return {
@@ -356,9 +354,7 @@ def interleave_on_gpu(steps: dict[str, Callable[[], object]], rounds: int, warmu
     return timings
 
 
-def _with_times(
-    record: Record, timing: Timing, ours: Timing | None, ceilings: dict[str, float] | None
-) -> Record:
+def _with_times(record: Record, timing: Timing, ours: Timing | None, ceilings: dict[str, float] | None) -> Record:
     each = [1e3 * x for x in timing.wall]
     time_of = Spread(statistics.median(each), min(each), max(each))
     record = replace(

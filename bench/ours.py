@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from .subject import Setting, letter_share, make_preferences
 from rlhf_engine import Engine, FunctionReward, Models, Preference, Prompt
 from rlhf_engine.engine import step_optimizer
 from rlhf_engine.stages.reward import score_pairs
@@ -18,6 +17,8 @@ from rlhf_plugins.kl_penalty import KLPenalty
 from rlhf_plugins.ppo import PPO
 from rlhf_plugins.reward_model import RewardModelScore
 from rlhf_plugins.whiten import Whiten
+
+from .subject import Setting, letter_share, make_preferences
 
 
 def _batches(prompts: list[str], size: int) -> "itertools.cycle[list[Prompt]]":
@@ -91,7 +92,7 @@ def reward(
     models = Models(
         tokenizer=HFTokenizer(copy.deepcopy(tokenizer)), reward_model=HFScalar(copy.deepcopy(model)).train()
     )
-    parameters = list(models.reward_model.parameters())  # type: ignore[union-attr, call-overload]
+    parameters = list(models.reward_model.parameters())  # type: ignore[union-attr, arg-type]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
     loss_of = BradleyTerry().rlhf_preference_loss
     texts = make_preferences(setting, 64 * setting.batch)

@@ -125,9 +125,9 @@ def spread(x: Spread) -> str:
 
 
 def summary(results: Results) -> str:
-    """A row an operation: the cases' median and range of the best rival's time over ours."""
-    lines = ["| operation | cases | best rival over ours: median (range) | of the ceiling, ours | peak memory, naive over ours |"]
-    lines.append("|---|---|---|---|---|")
+    """A row an operation; each cell is the median of its cases, and the lowest and highest of them."""
+    heads = ("operation", "cases", "time: best rival over ours", "ours, of the ceiling", "memory: naive over ours")
+    lines = [f"| {' | '.join(heads)} |", "|---|---|---|---|---|"]
     for operation, records in grouped(results.records).items():
         cases = list(by_case(records).values())
         rivals = [rival.ratio.median for of in cases if (rival := best_rival(of)) and rival.ratio]
