@@ -81,7 +81,7 @@ class Bench:
     directions: Sequence[str] = (FORWARD,)
 
     inputs: Callable[[Case, torch.Generator], dict[str, Any]]
-    """the arguments of every contestant, on the CPU; tensors move to the device that is measured"""
+    """the arguments of every contestant, drawn with this generator; its device is torch's default while they are"""
     leaves: Sequence[str] = ()
     """those that ask for a gradient where the case goes backward"""
     contestants: Mapping[str, Function | Rival]

@@ -23,6 +23,7 @@ from .record import Record, Results, comparable, drift, header, regressions
 
 HERE = Path(__file__).parent
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+OUT_OF_TIME = "out of time: run this operation alone (--ops), or without --minutes"
 NO_COMPILE = "left out: its compilation takes 5 to 30 s a case; --compile times it"
 
 
@@ -46,6 +47,8 @@ class Request:
     compile: bool | None = None
     """None: unless quick"""
     times_only: bool = False
+    reference_only: bool = False
+    """only the shapes that a GPU is judged by"""
     device: str = ""
 
     @property
@@ -57,9 +60,12 @@ class Request:
         rounds = self.rounds or (1 if self.smoke else 5 if self.quick else 15)
         compiled = not (self.quick or self.smoke) if self.compile is None else self.compile
         return Options(
-            self.where, rounds, seconds=1.0 if self.quick else 8.0, compiled="" if compiled else NO_COMPILE,
+            self.where,
+            rounds,
+            seconds=1.0 if self.quick or self.reference_only else 8.0,
+            compiled="" if compiled else NO_COMPILE,
             least_rounds=min(rounds, 3),
-        )  # fmt: skip
+        )
 
     @property
     def draws(self) -> bool:
@@ -99,6 +105,9 @@ def cases_of(bench: Bench, request: Request) -> list[Case]:
         return list(bench.cases([shape for shape in request.shapes if len(shape) == axes]))
     if request.smoke:
         return list(bench.cases([bench.tiny]))
+    if request.reference_only:
+        judged = replace(bench, dtypes=[torch.bfloat16] if torch.bfloat16 in bench.dtypes else bench.dtypes)
+        return list(judged.cases(bench.gpu_shapes))
     more = list(bench.gpu_shapes) if request.where.type == "cuda" else []
     return list(bench.cases([*(bench.quick if request.quick else bench.shapes), *more]))
 
@@ -121,8 +130,7 @@ class Clock:
         return None if self._end is None else max(1.0, self._end - time.monotonic())
 
 
-def out_of_time(bench: Bench, case: Case, device: torch.device) -> Record:
-    why = "out of time: run this operation alone (--ops), or without --minutes"
+def untimed(bench: Bench, case: Case, device: torch.device, why: str) -> Record:
     return Record(
         operation=bench.operation, axes=bench.axes, shape=case.shape, dtype=name_of(case.dtype),
         direction=case.direction, form=case.form, contestant=harness.OURS_TORCH, device=device.type, why=why,
@@ -148,6 +156,8 @@ def measure_all(request: Request, show: bool = True) -> Results:
                 print(f"{name}: not in the common form; it runs by itself, python -m {module_of(name)}\n")
             else:
                 results.records.extend(_of_one(bench, request, limits, clock, memory, show))
+            if request.json:  # also where the rest is cut off
+                results.save(request.json)
     if "step" in names and not request.times_only:
         from .steps import measure_steps
 
@@ -169,24 +179,33 @@ def _of_one(
         print(f"{bench.operation}: milliseconds, medians\n\n{tables.times_head(bench.axes, names)}")
     for case in cases:
         if clock.over:
-            records.append(out_of_time(bench, case, device))
+            records.append(untimed(bench, case, device, OUT_OF_TIME))
             continue
-        found = measure(bench, case, request.options, limits)
+        found = surviving(bench, case, request.options, limits)
         records.extend(found)
         if show:
             print(tables.times_row(found, names), flush=True)
     if not request.times_only and not request.smoke:
         if device.type == "cpu":
             records = with_huge_pages(records, bench.operation, request, clock)
-        sweeps = [] if request.shapes else [case for case in bench.sweep_cases() if case not in cases]
+        no_sweeps = request.shapes or request.reference_only
+        sweeps = [] if no_sweeps else [case for case in bench.sweep_cases() if case not in cases]
         options = replace(request.options, seconds=request.options.seconds / 2, compiled="left out of the sweeps")
         for case in sweeps:
             if not clock.over:
-                records.extend(measure(bench, case, options, limits))
+                records.extend(surviving(bench, case, options, limits))
         records = [with_memory(bench, record, device, memory, clock) for record in records]
     if show:
         print("".join(f"\n{reason}" for reason in tables.untimed(records)) + "\n", flush=True)
     return records
+
+
+def surviving(bench: Bench, case: Case, options: Options, limits: dict[str, float]) -> list[Record]:
+    """A case that cannot be measured at all, for want of memory, say, is one record with the reason."""
+    try:
+        return measure(bench, case, options, limits)
+    except Exception as error:
+        return [untimed(bench, case, options.device, f"cannot be measured: {type(error).__name__}: {error}"[:200])]
 
 
 def with_huge_pages(records: list[Record], operation: str, request: Request, clock: Clock) -> list[Record]:
@@ -249,7 +268,14 @@ def bench(request: Request) -> int:
         results.save(folder / "results.json")
         written = write(results, folder)
         print(f"{tables.summary(results)}\n\nwritten: {', '.join(str(path) for path in written)}")
-    return 0 if old is None else compare(old, results)
+    wrong = [record for record in results.records if record.is_ours and (record.right is False or _failed(record))]
+    for record in wrong:
+        print(f"OURS FAILED: {record.operation} {record.case}, {record.contestant}: {record.why}")
+    return max(1 if wrong else 0, 0 if old is None else compare(old, results))
+
+
+def _failed(record: Record) -> bool:
+    return record.why.startswith(("fell back", "cannot be measured"))
 
 
 def compare(old: Results, new: Results) -> int:
@@ -288,6 +314,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--minutes", type=float, help="what is not measured by then is left out, and says so")
     made.add_argument("--rounds", type=int)
     made.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="time torch.compile too")
+    made.add_argument("--reference-only", action="store_true", help="only the shapes that a GPU is judged by")
     made.add_argument("--device", default="", help="cpu or cuda; the GPU if there is one")
     made.add_argument("--times-only", action="store_true", help=argparse.SUPPRESS)
     return made
@@ -298,7 +325,7 @@ def from_command_line(arguments: Sequence[str] | None = None) -> int:
     try:
         ops = [name for name in options.pop("ops").split(",") if name]
         return bench(Request(**{**options, "ops": ops, "shapes": shapes(options["shapes"])}))
-    except (BenchError, ValueError) as error:
+    except (BenchError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

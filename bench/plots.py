@@ -61,8 +61,9 @@ def against_size(records: Sequence[Record], axes: dict[str, dict[int, tuple[int,
     """Time above, memory below, one column an axis; of the directions the one with most work."""
     direction = BOTH if any(record.direction == BOTH for record in records) else records[0].direction if records else ""
     dtype, form = (records[0].dtype, records[0].form) if records else ("", "")
+    swept = {shape for sizes in axes.values() for shape in sizes.values()}
     of = [r for r in records if (r.direction, r.dtype, r.form) == (direction, dtype, form) and r.milliseconds]
-    if not of:
+    if len({r.shape for r in of} & swept) < 2:
         return None
     style = Style(of)
     figure, grid = plt.subplots(2, len(axes), figsize=(5.4 * len(axes) + 1, 8), squeeze=False, layout="constrained")

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import sys
 from pathlib import Path
 
 from . import command, plots, tables
@@ -20,10 +21,10 @@ th, td { border-color: #333; } tr.ours td { background: #1d2c3d; } img { backgro
 """
 READING = """Every time is the median of rounds in which all contestants took turns; "over ours" is paired round by
 round. A contestant whose answer is wrong, or that silently ran something else than it should, gets no time. "of
-ceiling" is the least possible time of the case (its least traffic at the measured copy bandwidth, or its least arithmetic at the
-measured speed of a matrix product, whichever is longer) over the measured time. "ms, huge pages" was taken in another
-process with THP_MEM_ALLOC_ENABLE=1, which lets torch ask for pages of 2 MB. "first call" holds compilation and warm-up
-and is in no other time. Memory is what a call adds to its inputs at most."""
+ceiling" is the least possible time of the case (its least traffic at the measured copy bandwidth, or its least
+arithmetic at the measured speed of a matrix product, whichever is longer) over the measured time. "ms, huge pages" was
+taken in another process with THP_MEM_ALLOC_ENABLE=1, which lets torch ask for pages of 2 MB. "first call" holds
+compilation and warm-up and is in no other time. Memory is what a call adds to its inputs at most."""
 
 
 def write(results: Results, folder: Path) -> list[Path]:
@@ -88,3 +89,7 @@ def _of_markdown(text: str) -> str:
     head, _, *body = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines())
     rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in body)
     return f"<table><tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>{rows}</table>"
+
+
+if __name__ == "__main__":  # python -m bench.report RESULTS.json FOLDER
+    print(*write(Results.load(Path(sys.argv[1])), Path(sys.argv[2])), sep="\n")

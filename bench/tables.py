@@ -12,7 +12,7 @@ def head(results: Results) -> str:
     limits = "  ".join(f"{name} {found:.3g}" for name, found in results.ceilings.items())
     more = {name: found for name, found in results.header.items() if name not in ("device", "versions")}
     lines = [("device", results.header["device"]), ("versions", versions), ("ceilings", limits), *more.items()]
-    return "\n".join(f"{name:<9}{found}" for name, found in lines)
+    return "\n".join(f"{name:<12}{found}" for name, found in lines)
 
 
 def grouped(records: Iterable[Record]) -> dict[str, list[Record]]:

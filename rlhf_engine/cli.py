@@ -115,7 +115,7 @@ def bench(
             compare=compare, output=output, minutes=minutes, compile=compile,
         )  # fmt: skip
         status = command.bench(asked)
-    except (command.BenchError, ValueError) as error:
+    except (command.BenchError, ValueError, OSError) as error:
         raise BenchMissing(str(error)) from error
     raise typer.Exit(status)
 
