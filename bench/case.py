@@ -110,9 +110,9 @@ class Bench:
         return (Case(shape, dtype, direction, form) for dtype, shape, form, direction in product)
 
     def sweep_cases(self) -> Iterator[Case]:
-        for sizes in self.sweeps.values():
-            for shape, direction in itertools.product(sizes.values(), self.directions):
-                yield Case(shape, self.dtypes[0], direction, self.forms[0])
+        shapes = dict.fromkeys(shape for sizes in self.sweeps.values() for shape in sizes.values())
+        for shape, direction in itertools.product(shapes, self.directions):
+            yield Case(shape, self.dtypes[0], direction, self.forms[0])
 
 
 def tensors(result: Any) -> list[Tensor | None]:

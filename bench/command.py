@@ -230,8 +230,13 @@ def with_huge_pages(records: list[Record], operation: str, request: Request, clo
             return records
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed with {HUGE_PAGES}=1:\n{done.stderr}")
-        found = {record.key: record.milliseconds for record in Results.load(file).records}
-    return [replace(record, huge_pages=found.get(record.key)) for record in records]
+        found = {record.key: record for record in Results.load(file).records}
+    return [
+        replace(record, huge_pages=there.milliseconds, huge_pages_ratio=there.ratio)
+        if (there := found.get(record.key))
+        else record
+        for record in records
+    ]
 
 
 def with_memory(bench: Bench, record: Record, device: torch.device, memory: Server, clock: Clock) -> Record:

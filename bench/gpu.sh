@@ -32,7 +32,8 @@ part() {
         case $status in
             0) told=ok ;;
             77) told="skipped: $(tail -n 1 "$out/$name.log")" ;;
-            124 | 137) told="cut off after $limit s" ;;
+            124) told="cut off after $limit s" ;;
+            137) told="FAILED: killed, after $((SECONDS - begun)) of $limit s" ;;
             *) told="FAILED, status $status: $(tail -n 1 "$out/$name.log")" ;;
         esac
     fi

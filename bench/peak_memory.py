@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,11 @@ def serve() -> None:
             last = ()  # lets go of the inputs of the case before
             last = (bench.operation, case, *(harness.make_inputs(bench, of, device) for of in (small, case)))
         chosen = next(one for one in harness.contestants(bench, device) if one.name == asked["contestant"])
-        calls = chosen.call(bench, small, last[2]), chosen.call(bench, case, last[3])
-        print(_in_a_fork(*calls, threads), flush=True)
+        warm_up, call = chosen.call(bench, small, last[2]), chosen.call(bench, case, last[3])
+        if chosen.package:  # the import of somebody's package takes seconds
+            with suppress(Exception):  # the child will say what is wrong
+                warm_up()
+        print(_in_a_fork(warm_up, call, threads), flush=True)
 
 
 def _in_a_fork(warm_up: Callable[[], object], call: Callable[[], object], threads: int) -> str:

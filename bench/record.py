@@ -10,6 +10,7 @@ from typing import Any
 
 from .timing import command_line, commit, processor, version
 
+SPREADS = ("milliseconds", "ratio", "huge_pages", "huge_pages_ratio")
 VERSIONS = ("rlhf-engine", "torch", "triton", "transformers", "trl", "liger-kernel")
 
 
@@ -50,6 +51,8 @@ class Record:
     """of all threads; on a GPU what the host takes to launch"""
     huge_pages: Spread | None = None
     """milliseconds with THP_MEM_ALLOC_ENABLE=1, in a process of its own"""
+    huge_pages_ratio: Spread | None = None
+    """and over ours there"""
     ratio: Spread | None = None
     """its time over ours, paired round by round"""
     first_call_seconds: float | None = None
@@ -109,9 +112,7 @@ def _record(found: dict[str, Any]) -> Record:
     known = {one.name for one in fields(Record)}
     if unknown := set(found) - known:
         raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
-    spreads = {
-        name: Spread(**found[name]) for name in ("milliseconds", "huge_pages", "ratio") if found[name] is not None
-    }
+    spreads = {name: Spread(**found[name]) for name in SPREADS if found[name] is not None}
     return Record(**{**found, **spreads, "shape": tuple(found["shape"])})
 
 

@@ -15,7 +15,7 @@ def measure_steps(options: Options, clock: Any, show: bool) -> list[Record]:
     """One thread: CPU seconds are then work. What cannot run here says why."""
     blank = Record(
         operation="step", axes="prompts, group, prompt tokens, response tokens", shape=(), dtype="float32",
-        direction="one training step", contestant="ours", device="cpu", clock="cpu",
+        direction="one training step", contestant="everybody", device="cpu", clock="cpu",
     )  # fmt: skip
     try:
         from . import bench_step

@@ -78,7 +78,7 @@ def untimed(records: Iterable[Record]) -> list[str]:
 # ------------------------------------------------------------------------------------------- the long table
 
 COLUMNS = (
-    *("case", "contestant", "ran on", "ms (low-high)", "over ours (low-high)", "ms, huge pages", "CPU ms"),
+    *("case", "contestant", "ran on", "ms (low-high)", "over ours (low-high)", "huge pages: ms", "over ours", "CPU ms"),
     *("first call s", "peak MB", "GB/s", "TFLOP/s", "of ceiling", "error", "rounds"),
 )
 
@@ -94,6 +94,7 @@ def full_row(record: Record) -> list[str]:
         time + (" (CPU seconds)" if record.clock == "cpu" and record.milliseconds else ""),
         spread(record.ratio) if record.ratio else "-",
         number(record.huge_pages.median) if record.huge_pages else "-",
+        number(record.huge_pages_ratio.median) if record.huge_pages_ratio else "-",
         number(record.cpu_milliseconds),
         number(record.first_call_seconds),
         number(None if record.peak_bytes is None else record.peak_bytes / 1e6),
