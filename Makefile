@@ -21,7 +21,7 @@ demo: $(READY) $(RATINGS)  ## pretrain, learn a reward from human ratings, run P
 test: $(READY) $(RATINGS)  ## run the test suite
 	@$(BIN)/python -m pytest
 
-bench: $(READY) $(RATINGS) $(BENCH_READY)  ## time the operations and the training steps against their rivals
+bench: $(READY) $(RATINGS) $(BENCH_READY)  ## time operations and training steps beside their rivals; a report with pictures (9 minutes)
 	@$(BIN)/rlhf bench --quick --minutes 9
 
 lint: $(READY) $(RATINGS)  ## check style, format and types

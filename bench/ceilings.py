@@ -49,8 +49,11 @@ def _best(step: Callable[[], object], device: torch.device) -> float:
 
 
 def limit(ceilings: dict[str, float], dtype: str, least_bytes: float, least_flops: float) -> tuple[float, str]:
-    """(seconds, which): no code can be faster here than its least traffic or its least arithmetic allows."""
+    """(seconds, which): no code can be faster here than its least traffic or its least arithmetic allows.
+
+    What is given in 16 bits may be multiplied in float32, which on many a CPU is faster.
+    """
     copy = least_bytes / (ceilings[COPY] * 1e9)
-    peak = ceilings.get(matmul_name(dtype))
+    peak = max(ceilings.get(matmul_name(dtype), 0.0), ceilings.get(matmul_name("float32"), 0.0))
     product = least_flops / (peak * 1e12) if peak else 0.0
     return (product, "matmul") if product > copy else (copy, "copy")

@@ -63,16 +63,19 @@ def policy_of(setting: Any, device: torch.device, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     config = Qwen2Config(**_shape(setting, setting.vocabulary))
     with torch.device(device):
-        return Qwen2ForCausalLM(config).to(dtype)
+        model: torch.nn.Module = Qwen2ForCausalLM(config)
+    return model.to(dtype)
 
 
 def scorer_of(setting: Any, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
     from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
     torch.manual_seed(seed)
-    config = Qwen2Config(**_shape(setting, setting.vocabulary + 1), num_labels=1)
+    config = Qwen2Config(**_shape(setting, setting.vocabulary + 1))
+    config.num_labels = 1
     with torch.device(device):
-        return Qwen2ForSequenceClassification(config).to(dtype)
+        model: torch.nn.Module = Qwen2ForSequenceClassification(config)
+    return model.to(dtype)
 
 
 def _shape(setting: Any, vocabulary: int) -> dict[str, Any]:

@@ -53,6 +53,30 @@ def test_the_declaration_is_sound(operation: str) -> None:
         assert bench.bytes_moved(case) > 0 and bench.flops(case) > 0
 
 
+def test_the_step_bench_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours really steps; the rivals, which CI has not, are stood in for."""
+    pytest.importorskip("transformers")
+    from bench import bench_step
+    from bench.steps import measure_steps
+    from bench.subject import Setting, make_tokenizer
+
+    small = Setting(vocabulary=64, hidden=16, intermediate=24, layers=2, heads=2, prompts=2, group=2, prompt_length=4)
+    monkeypatch.setattr(bench_step, "SETTING", small)
+    monkeypatch.setattr(bench_step, "TOKENIZER", make_tokenizer(small))
+    for rival in ("trl_grpo", "trl_reward", "trl_ppo"):
+        monkeypatch.setattr(bench_step.peers, rival, lambda *arguments: lambda: None)
+    records = measure_steps(Options(CPU, rounds=1), command.Clock(None), show=False)
+    assert [record.form for record in records if record.contestant == "ours"] == ["grpo", "reward", "ppo"]
+    assert all(record.milliseconds and record.clock == "cpu" for record in records)
+
+    def absent(*arguments: object) -> None:
+        raise ImportError("this rival needs TRL")
+
+    monkeypatch.setattr(bench_step.peers, "trl_reward", absent)
+    records = measure_steps(Options(CPU, rounds=1), command.Clock(None), show=False)
+    assert [record.why for record in records if not record.milliseconds] == ["this rival needs TRL"]
+
+
 # ---------------------------------------------------------------------------------------------- the report
 
 

@@ -83,7 +83,9 @@ def test_a_time_that_no_machine_could_take_is_bounded_by_the_longer_of_its_limit
 
     assert limit(CEILINGS, "float32", least_bytes=10e9, least_flops=1) == (1.0, "copy")
     assert limit(CEILINGS, "float32", least_bytes=1, least_flops=2e12) == (2.0, "matmul")
-    assert limit(CEILINGS, "float16", least_bytes=10e9, least_flops=9e12) == (1.0, "copy")  # not measured
+    assert limit({"copy GB/s": 10.0}, "float16", least_bytes=10e9, least_flops=9e12) == (1.0, "copy")  # not measured
+    slow = {**CEILINGS, "matmul bfloat16 TFLOP/s": 0.5}  # float32 is the faster way then
+    assert limit(slow, "bfloat16", least_bytes=1, least_flops=2e12) == (2.0, "matmul")
 
 
 # ------------------------------------------------------------------------------------------- what really ran
