@@ -25,6 +25,13 @@ class Seen:
             return "compile"
         return "triton" if self.launches else "torch"
 
+    def __str__(self) -> str:
+        """The backend, and of Triton which kernels: a backward that went to torch shows in what is not there."""
+        if self.backend != "triton":
+            return self.backend
+        count = len(self.launches)
+        return f"triton, {count} launch{'es' * (count > 1)}: {', '.join(dict.fromkeys(self.launches))}"
+
 
 @contextmanager
 def watching() -> Iterator[Seen]:

@@ -129,6 +129,12 @@ class Clock:
     def left(self) -> float | None:
         return None if self._end is None else max(1.0, self._end - time.monotonic())
 
+    def share(self, among: int) -> "Clock":
+        """For one of so many that are still to come: twice an equal part, since few need as much."""
+        if self._end is None:
+            return self
+        return Clock(max(0.0, self._end - time.monotonic()) * min(1.0, 2 / among) / 60)
+
 
 def untimed(bench: Bench, case: Case, device: torch.device, why: str) -> Record:
     return Record(
@@ -151,11 +157,12 @@ def measure_all(request: Request, show: bool = True) -> Results:
     if show:
         print(tables.head(results) + "\n", flush=True)
     with Server() as memory:
-        for name, bench in benches.items():
+        for at, (name, bench) in enumerate(benches.items()):
+            share = clock.share(len(names) - at)
             if bench is None:
                 print(f"{name}: not in the common form; it runs by itself, python -m {module_of(name)}\n")
             else:
-                results.records.extend(_of_one(bench, request, limits, clock, memory, show))
+                results.records.extend(_of_one(bench, request, limits, share, memory, show))
             if request.json:  # also where the rest is cut off
                 results.save(request.json)
     if "step" in names and not request.times_only:
@@ -168,7 +175,7 @@ def measure_all(request: Request, show: bool = True) -> Results:
 def _of_one(
     bench: Bench, request: Request, limits: dict[str, float], clock: Clock, memory: Server, show: bool
 ) -> list[Record]:
-    """One operation: its cases, then huge pages and memory for those, then its sweeps."""
+    """One operation: its cases, then memory and huge pages for those, then its sweeps."""
     cases, records = cases_of(bench, request), []
     if not cases:
         return []
@@ -178,30 +185,29 @@ def _of_one(
     if show:
         print(f"{bench.operation}: milliseconds, medians\n\n{tables.times_head(bench.axes, names)}")
     for case in cases:
-        if clock.over:
-            records.append(untimed(bench, case, device, OUT_OF_TIME))
-            continue
-        found = surviving(bench, case, request.options, limits)
+        found = surviving(bench, case, request.options, limits, clock)
         records.extend(found)
-        if show:
+        if show and not clock.over:
             print(tables.times_row(found, names), flush=True)
     if not request.times_only and not request.smoke:
+        records = [with_memory(bench, record, device, memory, clock) for record in records]
         if device.type == "cpu":
             records = with_huge_pages(records, bench.operation, request, clock)
         no_sweeps = request.shapes or request.reference_only
         sweeps = [] if no_sweeps else [case for case in bench.sweep_cases() if case not in cases]
         options = replace(request.options, seconds=request.options.seconds / 2, compiled="left out of the sweeps")
         for case in sweeps:
-            if not clock.over:
-                records.extend(surviving(bench, case, options, limits))
-        records = [with_memory(bench, record, device, memory, clock) for record in records]
+            found = surviving(bench, case, options, limits, clock)
+            records.extend(with_memory(bench, record, device, memory, clock) for record in found)
     if show:
         print("".join(f"\n{reason}" for reason in tables.untimed(records)) + "\n", flush=True)
     return records
 
 
-def surviving(bench: Bench, case: Case, options: Options, limits: dict[str, float]) -> list[Record]:
-    """A case that cannot be measured at all, for want of memory, say, is one record with the reason."""
+def surviving(bench: Bench, case: Case, options: Options, limits: dict[str, float], clock: Clock) -> list[Record]:
+    """A case that cannot be measured at all, for want of time or memory, say, is one record with the reason."""
+    if clock.over:
+        return [untimed(bench, case, options.device, OUT_OF_TIME)]
     try:
         return measure(bench, case, options, limits)
     except Exception as error:

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def one(which: str, name: str, dry: bool) -> dict[str, Any]:
     setting = setting_of(dry)
     tokenizer, prompts = make_tokenizer(setting), make_prompts(setting, 64 * setting.batch)
     policy = policy_of(setting, device, dtype)
-    with torch.device(device):  # the plain loop's own tensors too
+    with torch.device(device) if name == "plain PyTorch loop" else nullcontext():  # it names no device itself
         if name == "ours":
             from . import ours
 

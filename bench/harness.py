@@ -34,7 +34,7 @@ GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 MOST_INPUTS = 2**29  # bytes of all sets of inputs that take turns
 MOST_SETS = 32
 SAMPLE_SECONDS = 1e-3  # a call that is shorter is repeated until a sample takes as long
-CHECKED_IN_FULL = 2**26  # elements: of larger cases, 16 rows are checked
+CHECKED_IN_FULL = 2**26  # elements: of larger cases, some rows are checked
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,13 @@ class Truth:
 
 
 def truth(bench: Bench, case: Case, inputs: dict[str, Any]) -> Truth:
-    """Of a large case, 16 rows from the first to the last."""
+    """Of a large case, up to 16 rows from the first to the last, those two at least."""
     leaves = list(bench.leaves) if case.backward else []
     rows, checked = None, "all of it"
     if bench.by_row and bench.widest(case) > CHECKED_IN_FULL:
         count = len(inputs[bench.by_row[0]])
-        rows = torch.linspace(0, count - 1, min(count, 16)).round().long().unique()
+        enough = max(2, min(16, CHECKED_IN_FULL * count // bench.widest(case)))
+        rows = torch.linspace(0, count - 1, min(count, enough)).round().long().unique()
         leaves = [name for name in leaves if name in bench.by_row]
         checked = f"{len(rows)} of {count} rows, gradient of {', '.join(leaves) or 'nothing'}"
 
@@ -282,7 +283,7 @@ def _first_calls(
         return replace(record, right=False, why=f"raises {type(fault).__name__}: {text}"[:200]), 0.0
     own = f"{one.package} {version(one.package)}, " if one.package else ""
     record = replace(
-        record, backend=own + seen.backend, right=not faults, error=error, allowed=allowed,
+        record, backend=f"{own}{seen}", right=not faults, error=error, allowed=allowed,
         first_call_seconds=first, why=faults,
     )  # fmt: skip
     if seen.backend != one.wants:

@@ -130,7 +130,7 @@ def summary(results: Results) -> str:
     heads = ("operation", "cases", "time: best rival over ours", "ours, of the ceiling", "memory: naive over ours")
     lines = [f"| {' | '.join(heads)} |", "|---|---|---|---|---|"]
     for operation, records in grouped(results.records).items():
-        cases = list(by_case(records).values())
+        cases = [of for of in by_case(records).values() if any(record.milliseconds for record in of)]
         rivals = [rival.ratio.median for of in cases if (rival := best_rival(of)) and rival.ratio]
         own = [mine.of_ceiling for of in cases if (mine := ours_of(of)) and mine.of_ceiling is not None]
         memory = [ratio for of in cases if (ratio := _memory_ratio(of)) is not None]

@@ -196,6 +196,16 @@ def test_a_run_that_is_out_of_time_says_what_it_left_out(capsys: pytest.CaptureF
     assert "out of time" in capsys.readouterr().out
 
 
+def test_an_operation_may_take_twice_its_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    whole = command.Clock(10)
+    part = whole.share(5)
+    assert part.left == pytest.approx(240) and whole.share(1).left == 600
+    now[0] += 241
+    assert part.over and not whole.over and command.Clock(None).share(3).left is None
+
+
 def test_ours_wrong_is_told_and_fails_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
