@@ -21,8 +21,8 @@ demo: $(READY) $(RATINGS)  ## pretrain, learn a reward from human ratings, run P
 test: $(READY) $(RATINGS)  ## run the test suite
 	@$(BIN)/python -m pytest
 
-bench: $(READY) $(RATINGS) $(BENCH_READY)  ## time the operations and the training steps against their rivals
-	@$(BIN)/python -m pytest bench --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
+bench: $(READY) $(RATINGS) $(BENCH_READY)  ## time operations and training steps beside their rivals; a report with pictures (9 minutes)
+	@$(BIN)/rlhf bench --quick --minutes 9
 
 lint: $(READY) $(RATINGS)  ## check style, format and types
 	@$(BIN)/ruff check .

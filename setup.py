@@ -1,4 +1,4 @@
-"""What is installed: the kernels, the engine and the built-in plugins, as `rlhf_*` and nothing else."""
+"""What is installed: kernels, engine, built-in plugins and benchmarks, as `rlhf_*` and nothing else."""
 
 from setuptools import find_packages, setup
 
@@ -47,8 +47,9 @@ setup(
         *find_packages(include=["rlhf_kernels", "rlhf_kernels.*", "rlhf_engine", "rlhf_engine.*"]),
         "rlhf_plugins",
         *(f"rlhf_plugins.{name}" for name in find_packages("plugins")),
+        "rlhf_bench",
     ],
-    package_dir={"rlhf_plugins": "plugins"},
+    package_dir={"rlhf_plugins": "plugins", "rlhf_bench": "bench"},
     package_data={"": ["py.typed"]},
     install_requires=[
         "torch>=2.9",

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import formulas
-from bench.timing import Verdict, interleave, print_verdicts, verdict
 from rlhf_kernels import GSPO, KLTerm, policy_loss
+
+from . import formulas
+from .timing import Verdict, interleave, print_verdicts, verdict
 
 SHAPES = [(8, 64), (32, 256), (64, 1024), (4, 16_384)]
 FORMS = ["PPO", "PPO with k3", "GSPO"]

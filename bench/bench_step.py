@@ -18,9 +18,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bench import ours, peers
-from bench.subject import Setting, make_policy, make_prompts, make_scorer, make_tokenizer
-from bench.timing import Timing, compare, interleave, ratios
+from . import ours, peers
+from .subject import Setting, make_policy, make_prompts, make_scorer, make_tokenizer
+from .timing import Timing, compare, interleave, ratios
 
 ONE_NETWORK = "ours, value head on the policy's trunk (less work)"
 SETTING = Setting()

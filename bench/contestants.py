@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 import rlhf_kernels
-from bench import formulas
-from bench.edge_cases import head
 from rlhf_kernels import backend
+
+from . import formulas
+from .edge_cases import head
 
 Function = Callable[..., dict[str, Tensor]]
 

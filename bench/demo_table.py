@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench.timing import commit, processor, version
+from .timing import commit, processor, version
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "demo"

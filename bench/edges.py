@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.contestants import Contestant, NotOfferedError, contestants
-from bench.edge_cases import GRADIENT, NATS, Case, cases, gradient_of, outputs_and_gradients
 from rlhf_kernels import backend
+
+from .contestants import Contestant, NotOfferedError, contestants
+from .edge_cases import GRADIENT, NATS, Case, cases, gradient_of, outputs_and_gradients
 
 RESULTS = Path(__file__).parent / "results" / "edges.md"
 

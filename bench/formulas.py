@@ -33,7 +33,7 @@ def logit_less_logsumexp_by_chunk(logits: Tensor, tokens: Tensor) -> Tensor:
     """OpenRLHF `log_probs_from_logits` without flash-attn: the same, 1024 rows at a time."""
     if logits.dtype not in WIDE:
         return logit_less_logsumexp_by_row(logits, tokens)
-    total = torch.zeros(logits.shape[:-1], dtype=logits.dtype)
+    total = torch.zeros(logits.shape[:-1], dtype=logits.dtype, device=logits.device)
     for start in range(0, len(logits), 1024):
         total[start : start + 1024] = logits[start : start + 1024].logsumexp(-1)
     return at_token(logits, tokens) - total

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from bench.subject import Setting, letter_share, make_preferences
 from rlhf_engine import Engine, FunctionReward, Models, Preference, Prompt
 from rlhf_engine.engine import step_optimizer
 from rlhf_engine.stages.reward import score_pairs
@@ -18,6 +17,8 @@ from rlhf_plugins.kl_penalty import KLPenalty
 from rlhf_plugins.ppo import PPO
 from rlhf_plugins.reward_model import RewardModelScore
 from rlhf_plugins.whiten import Whiten
+
+from .subject import Setting, letter_share, make_preferences
 
 
 def _batches(prompts: list[str], size: int) -> "itertools.cycle[list[Prompt]]":
@@ -30,7 +31,9 @@ def grpo(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], setting: Setting
 ) -> Callable[[], None]:
     """8 prompts x 4 responses, a plain function as the reward, one update on all 32 (token mean, as TRL's default)."""
-    models = Models(tokenizer=HFTokenizer(copy.deepcopy(tokenizer)), policy=HFPolicy(copy.deepcopy(model)))
+    models = Models(
+        tokenizer=HFTokenizer(copy.deepcopy(tokenizer)), policy=HFPolicy(copy.deepcopy(model)), device=model.device
+    )
     engine = Engine(
         [GRPO(reduce="tokens"), FunctionReward(letter_share)],
         models,
@@ -43,7 +46,8 @@ def grpo(
     def step() -> None:
         asked = next(batches)
         metrics = engine.update(engine.experience(engine.generate(asked), asked), optimizer)
-        assert abs(metrics["ratio_mean"] - 1) < 1e-4, metrics  # the step is right, or its time is worth nothing
+        # The step is right, or its time is worth nothing.
+        assert abs(metrics["ratio_mean"] - 1) < (1e-4 if model.dtype == torch.float32 else 0.05), metrics
 
     return step
 
@@ -66,6 +70,7 @@ def ppo(
         reference=HFPolicy(copy.deepcopy(policy)).requires_grad_(False),
         critic=None if critic is None else HFScalar(copy.deepcopy(critic)),
         reward_model=HFScalar(copy.deepcopy(reward_model)).requires_grad_(False),
+        device=policy.device,
     )
     if critic is None:
         models.policy.add_value_head()  # type: ignore[union-attr]
@@ -79,7 +84,7 @@ def ppo(
         asked = next(batches)
         batch = engine.experience(engine.generate(asked), asked)
         metrics = [engine.update(batch, optimizer) for _ in range(4)]
-        assert metrics[0]["approx_kl"] == 0, metrics[0]
+        assert abs(metrics[0]["approx_kl"]) <= (0 if policy.dtype == torch.float32 else 0.05), metrics[0]
 
     return step
 
@@ -91,7 +96,7 @@ def reward(
     models = Models(
         tokenizer=HFTokenizer(copy.deepcopy(tokenizer)), reward_model=HFScalar(copy.deepcopy(model)).train()
     )
-    parameters = list(models.reward_model.parameters())  # type: ignore[union-attr, call-overload]
+    parameters = list(models.reward_model.parameters())  # type: ignore[union-attr, arg-type]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
     loss_of = BradleyTerry().rlhf_preference_loss
     texts = make_preferences(setting, 64 * setting.batch)

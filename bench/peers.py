@@ -24,7 +24,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from bench.subject import Setting, letter_share, make_preferences
+from .subject import Setting, letter_share, make_preferences
 
 STEPS = 10_000  # more than any bench asks for: the trainers want to know the length of their schedule
 
@@ -138,7 +138,7 @@ def trl_grpo(
     """
     trl = _trl("1.16.0")
     arguments = trl.GRPOConfig(
-        **_common(tempfile.mkdtemp()),
+        **{**_common(tempfile.mkdtemp()), "use_cpu": model.device.type == "cpu"},
         per_device_train_batch_size=setting.batch,
         num_generations=setting.group,
         max_completion_length=setting.response_length,

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.static_cases import Case, cases
+from .static_cases import Case, cases
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -52,9 +52,16 @@ def commit() -> str:
 def header() -> str:
     """Device, versions, commit and command: without them a figure cannot be repeated."""
     versions = "  ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
+    return f"device   {processor()}\nversions {versions}\ncommit   {commit()}\ncommand  {command_line()}"
+
+
+def command_line() -> str:
+    """What was typed, without this machine's paths."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    command = [*(["python", "-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]]
-    return f"device   {processor()}\nversions {versions}\ncommit   {commit()}\ncommand  {shlex.join(command)}"
+    if module:
+        return shlex.join(["python", "-m", module.name.removesuffix(".__main__"), *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    return shlex.join([program.name if program.name == "rlhf" else sys.argv[0], *sys.argv[1:]])
 
 
 def _seconds(step: Callable[[], object]) -> tuple[float, float]:

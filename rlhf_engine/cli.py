@@ -1,10 +1,11 @@
-"""The command line: `rlhf run FILE`, `rlhf plugins [FILE]`."""
+"""The command line: `rlhf run FILE`, `rlhf plugins [FILE]`, `rlhf bench`."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -24,8 +25,13 @@ __all__ = ["main"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
+
+class BenchMissing(Exception):
+    """What `rlhf bench` was asked for is not there; the message says what to do."""
+
+
 # People can mend these from what they say; any other error may be a fault of a plugin's code, or of ours.
-EXPLAINED = (ConfigError, DamagedCheckpoint, CheckpointNotSaved)
+EXPLAINED = (ConfigError, DamagedCheckpoint, CheckpointNotSaved, BenchMissing)
 
 Set = Annotated[list[str], typer.Option("--set", help="override a key: table.key=value, such as ppo.clip=0.3")]
 
@@ -79,6 +85,39 @@ def plugins(
         for hook, names in winners(loaded.manager).items():
             table.add_row(hook, escape(", ".join(names)) or "-")
     console.print(table)
+
+
+@app.command()
+def bench(
+    ops: Annotated[str, typer.Option(help="operations, with commas: token_logprobs,gae; all if not given")] = "",
+    shapes: Annotated[str, typer.Option(help="time these shapes instead, such as 8x128x4096,4x64x1000")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="a few shapes, a few rounds")] = False,
+    json: Annotated[Path | None, typer.Option(help="write the records into this file")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="an older file of --json: print what got slower; exit status 1 if anything did")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="a folder for report.html, its pictures and results.json")] = None,
+    minutes: Annotated[float | None, typer.Option(help="what is not measured by then is left out, and says so")] = None,
+    compile: Annotated[
+        bool | None, typer.Option(help="time torch.compile of the definitions too (default: unless --quick)")
+    ] = None,
+) -> None:
+    """Time the operations and training steps here, beside other trainers' and this machine's limits."""
+    try:
+        command = import_module("rlhf_bench.command")
+    except ModuleNotFoundError as error:
+        raise BenchMissing(
+            f"rlhf bench needs {error.name}, which is not installed: pip install 'rlhf-engine[bench]'"
+        ) from error
+    try:
+        asked = command.Request(
+            ops=[name for name in ops.split(",") if name], shapes=command.shapes(shapes), quick=quick, json=json,
+            compare=compare, output=output, minutes=minutes, compile=compile,
+        )  # fmt: skip
+        status = command.bench(asked)
+    except (command.BenchError, ValueError, OSError) as error:
+        raise BenchMissing(str(error)) from error
+    raise typer.Exit(status)
 
 
 def main() -> None:

@@ -141,6 +141,40 @@ def imports_against_the_rows(root: Path) -> list[str]:
     return faults
 
 
+def imports_of_the_benchmarks(root: Path) -> list[str]:
+    """Only the command line knows them, and only when asked: they import the packages, not the other way round."""
+    faults = []
+    for path, tree in sources(root, *IMPORT_NAMES):
+        at_start_up = {id(node) for statement in tree.body for node in _outside_functions(statement)}
+        faults += [
+            f"{path}:{getattr(node, 'lineno', 0)} imports {name}: only rlhf_engine/cli.py, inside its command"
+            for node in ast.walk(tree)
+            for name in imported_names(node, package=[])
+            if inside(name, "rlhf_bench", "bench") and (path != "rlhf_engine/cli.py" or id(node) in at_start_up)
+        ]
+    return faults
+
+
+def _outside_functions(node: ast.AST) -> Iterator[ast.AST]:
+    """The node and what runs with it when the module is imported."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return
+    yield node
+    for inner in ast.iter_child_nodes(node):
+        yield from _outside_functions(inner)
+
+
+def benchmarks_that_name_themselves(root: Path) -> list[str]:
+    """In a checkout their folder is `bench`, installed it is `rlhf_bench`: only relative imports work in both."""
+    return [
+        f"{path}:{getattr(node, 'lineno', 0)} imports {name}: write it relative, `from .module import ...`"
+        for path, tree in sources(root, "bench")
+        for node in ast.walk(tree)
+        for name in imported_names(node, package=[])
+        if inside(name, "rlhf_bench") or (inside(name, "bench") and not getattr(node, "level", 0))
+    ]
+
+
 def imports_of_the_folder_name(root: Path) -> list[str]:
     return [
         f"{found}: the import name is rlhf_plugins"
@@ -233,6 +267,8 @@ RULES: list[Callable[[Path], list[str]]] = [
     libraries_outside_their_wrapper,
     imports_from_a_higher_floor,
     imports_against_the_rows,
+    imports_of_the_benchmarks,
+    benchmarks_that_name_themselves,
     imports_of_the_folder_name,
     plugins_that_name_themselves,
     pickles,

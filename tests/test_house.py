@@ -11,9 +11,11 @@ import pytest
 from tests.house import (
     IMPORT_NAMES,
     RULES,
+    benchmarks_that_name_themselves,
     imports,
     imports_against_the_rows,
     imports_from_a_higher_floor,
+    imports_of_the_benchmarks,
     imports_of_the_folder_name,
     inside,
     libraries_outside_their_wrapper,
@@ -95,7 +97,9 @@ SOUND = {
     "rlhf_kernels/_triton/gae.py": "import triton.language as tl\nfrom rlhf_kernels.backend import report",
     "rlhf_engine/__init__.py": "from rlhf_engine.engine import Engine",
     "rlhf_engine/__main__.py": "from rlhf_engine.cli import main",
-    "rlhf_engine/cli.py": "from rlhf_engine import Engine\nfrom . import stages",
+    "rlhf_engine/cli.py": (
+        "from rlhf_engine import Engine\nfrom . import stages\ndef bench():\n    import_module('rlhf_bench.command')"
+    ),
     "rlhf_engine/stages/__init__.py": "",
     "rlhf_engine/stages/rl.py": "from rlhf_engine.stages import pretrain\nfrom ..engine import Engine",
     "rlhf_engine/engine.py": "import rlhf_kernels\nfrom rlhf_engine import batch",
@@ -108,7 +112,7 @@ SOUND = {
     "plugins/hf/a.py": "from tokenizers import Tokenizer\nfrom rlhf_engine import hookimpl",
     "tests/kernels/test_gae.py": "import triton",
     "tests/plugins/test_hf.py": "import rlhf_plugins.hf",
-    "bench/bench_gae.py": "",
+    "bench/bench_gae.py": "import rlhf_kernels\nfrom . import formulas\nfrom .timing import interleave",
     "bench/bench_step.py": "import transformers",
 }
 
@@ -135,6 +139,11 @@ BREACHES = [
     (imports_against_the_rows, "rlhf_engine/helpers.py", ""),
     (imports_against_the_rows, "rlhf_kernels/_triton/gae.py", "from rlhf_kernels.ops.gae import gae"),
     (imports_against_the_rows, "rlhf_kernels/backend.py", "import rlhf_kernels._triton.gae"),
+    (imports_of_the_benchmarks, "rlhf_engine/cli.py", "try:\n    import rlhf_bench\nfinally:\n    1"),
+    (imports_of_the_benchmarks, "rlhf_engine/engine.py", "def f():\n    import_module('rlhf_bench.command')"),
+    (imports_of_the_benchmarks, "rlhf_kernels/ops/gae.py", "from bench import timing"),
+    (benchmarks_that_name_themselves, "bench/bench_gae.py", "from bench.timing import interleave"),
+    (benchmarks_that_name_themselves, "bench/bench_gae.py", "def f():\n    from rlhf_bench import formulas"),
     (imports_of_the_folder_name, "examples/own.py", "from plugins.hf import HF"),
     (imports_of_the_folder_name, "tests/test_x.py", "import plugins"),
     (imports_of_the_folder_name, "bench/bench_step.py", "import_module('plugins.hf')"),

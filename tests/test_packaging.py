@@ -80,11 +80,14 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path, clone: Path)
     assert wheel.name == "rlhf_engine-0.1.0-py3-none-any.whl"
     names = set(ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names} == {
-        *("rlhf_kernels", "rlhf_engine", "rlhf_plugins"),
+        *("rlhf_kernels", "rlhf_engine", "rlhf_plugins", "rlhf_bench"),
         "rlhf_engine-0.1.0.dist-info",
     }
-    modules = {path for path, _ in sources(clone, "rlhf_kernels", "rlhf_engine", "plugins")}
-    wanted = {f"rlhf_{path}" if path.startswith("plugins/") else path for path in modules}
+    modules = {path for path, _ in sources(clone, "rlhf_kernels", "rlhf_engine", "plugins", "bench")}
+    wanted = {f"rlhf_{path}" if path.startswith(("plugins/", "bench/")) else path for path in modules}
+    assert {name for name in names if name.startswith("rlhf_bench/")} == {
+        name for name in wanted if name.startswith("rlhf_bench/")
+    }, "neither results nor scripts"
     assert {name for name in names if name.endswith(".py")} == wanted
 
 
@@ -109,11 +112,25 @@ def test_every_entry_point_loads_from_the_wheel_outside_the_repository(installed
     }
 
 
-def test_the_editable_install_finds_plugins_from_anywhere(tmp_path: Path) -> None:
-    code = "import rlhf_plugins; print(*rlhf_plugins.__path__)"
+@pytest.mark.parametrize(("name", "folder"), [("rlhf_plugins", "plugins"), ("rlhf_bench", "bench")])
+def test_the_editable_install_finds_plugins_and_benchmarks_from_anywhere(
+    name: str, folder: str, tmp_path: Path
+) -> None:
+    code = f"import {name}; print(*{name}.__path__)"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == [str(ROOT / "plugins")], done.stderr
+    assert done.stdout.split() == [str(ROOT / folder)], done.stderr
+
+
+def test_rlhf_bench_runs_from_the_wheel_outside_the_repository(installed: Path, tmp_path: Path) -> None:
+    """And its parts load; those of the step benches need the extra, as everything of theirs."""
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:3]; from rlhf_bench import command;"
+        "sys.exit(command.from_command_line(['--ops', 'token_logprobs', '--smoke', '--json', 'out.json']))"
+    )
+    printed = run(sys.executable, "-I", "-S", "-c", code, str(installed), sysconfig.get_path("purelib"), cwd=tmp_path)
+    assert "| [2, 8, 100] float32 forward |" in printed
+    assert (tmp_path / "out.json").is_file()
 
 
 def test_the_lock_pins_everything_that_test_and_lint_pull_in() -> None:

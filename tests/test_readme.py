@@ -69,7 +69,11 @@ def test_overrides_as_in_the_readme(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("target", "command"),
-    [("demo", "rlhf run examples/movies.toml"), ("test", "python -m pytest"), ("bench", "python -m pytest bench")],
+    [
+        ("demo", "rlhf run examples/movies.toml"),
+        ("test", "python -m pytest"),
+        ("bench", "rlhf bench --quick --minutes 9"),
+    ],
 )
 def test_make_targets_run_the_commands_that_are_tested(target: str, command: str) -> None:
     # Under `make test` this make would be a child of that one: it would take its flags, and say which folder it leaves.
