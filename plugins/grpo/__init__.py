@@ -73,4 +73,5 @@ class GRPO:
             normalizer=normalizer,
         )
         # The engine's own "kl" is that of the rollout.
-        return Loss(value, {"kl_loss" if name == "kl" else name: x for name, x in metrics.items()})
+        named = {"kl_loss" if name == "kl" else name: x for name, x in metrics.items()}
+        return Loss(value=value, metrics=named)
