@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from rlhf_engine import Batch, Loss, Output, Rewarded, hookimpl
-from rlhf_kernels import Advantages, KLTerm, group_advantages, policy_loss
+from rlhf_kernels import Advantages, group_advantages, kl_estimate, masked_mean, policy_loss
 
 __all__ = ["GRPO"]
 
@@ -57,21 +57,24 @@ class GRPO:
             "tokens": batch.total_tokens,
             "constant": batch.total_sequences * self.max_length,
         }[self.reduce]
-        kl = None
-        if self.kl_coefficient:
-            assert batch.ref_logp is not None  # rlhf_needs asked for it
-            kl = KLTerm(ref_logp=batch.ref_logp, coefficient=self.kl_coefficient)
-        value, metrics = policy_loss(
+        policy = policy_loss(
             output.logp,
             batch.old_logp,
             batch.advantages,
             batch.mask,
             clip_low=self.clip,
             clip_high=self.clip if self.clip_high is None else self.clip_high,
-            kl=kl,
             reduce="sequences" if self.reduce == "sequences" else "tokens",
             normalizer=normalizer,
         )
-        # The engine's own "kl" is that of the rollout.
-        named = {"kl_loss" if name == "kl" else name: x for name, x in metrics.items()}
-        return Loss(value=value, metrics=named)
+        if not self.kl_coefficient:
+            return Loss(value=policy.loss, metrics=policy.metrics)
+        assert batch.ref_logp is not None  # rlhf_needs asked for it
+        kl = kl_estimate(output.logp, batch.ref_logp, kind="k3")
+        if self.reduce == "sequences":
+            kl = kl / batch.mask.sum(1, keepdim=True).clamp(min=1)
+        penalty = masked_mean(kl, batch.mask, normalizer=normalizer)
+        return Loss(
+            value=policy.loss + self.kl_coefficient * penalty,
+            metrics={**policy.metrics, "kl_loss": penalty.detach()},
+        )
