@@ -5,13 +5,18 @@ OpenRLHF's experience_maker.py at commit 01359b4 and models/utils.py at 02a2605.
 says, without the source at hand: verl's group statistics of `grpo_vectorized`, and OpenRLHF's normalisation over the
 batch and `rloo` baseline.
 
+Where they differ by convention (TRL and verl whiten by the sample's deviation, verl and OpenRLHF add another epsilon
+to a group's), the same number is given to all, so that one answer is right and the operations are still theirs.
+
 Masks are bool [B, T]; rewards, values, log-probs and results [B, T]; scores and group ids [B].
 """
 
 import torch
 from torch import Tensor
 
-BETA = 0.05
+GAMMA, LAM, BETA = 1.0, 0.95, 0.05
+EPSILON = 1e-4
+NO_COMPILE = "left out: it would unroll the loop over time, which takes minutes a case"
 
 
 def mean_by_product(x: Tensor, mask: Tensor) -> Tensor:
@@ -24,22 +29,29 @@ def mean_by_selection(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0.0).sum() / (mask.sum() + 1e-8)
 
 
-def whiten_by_product(x: Tensor, mask: Tensor) -> Tensor:
-    """TRL `masked_whiten`, sample variance: the mean is taken twice, masked entries stay as they come."""
+def whiten_by_hand(x: Tensor, mask: Tensor) -> Tensor:
+    """Nobody's: mean and population variance of what counts, 0 elsewhere."""
+    counted = x[mask]
+    whitened = (x - counted.mean()) / (counted.var(correction=0) + 1e-8).sqrt()
+    return torch.where(mask, whitened, 0.0)
+
+
+def whiten_by_product(x: Tensor, mask: Tensor, correction: int) -> Tensor:
+    """TRL `masked_whiten`, its correction 1: the mean is taken twice, masked entries stay as they come."""
     mean, centred = mean_by_product(x, mask), x - mean_by_product(x, mask)
     variance, count = mean_by_product(centred**2, mask), mask.sum()
     if count == 0:
         raise ValueError("nothing counts")
-    return (x - mean) * torch.rsqrt(variance * (count / (count - 1)) + 1e-8)
+    return (x - mean) * torch.rsqrt(variance * (count / (count - correction)) + 1e-8)
 
 
-def whiten_by_selection(x: Tensor, mask: Tensor) -> Tensor:
+def whiten_by_selection(x: Tensor, mask: Tensor, correction: int) -> Tensor:
     """verl `masked_whiten`: the same with its own mean."""
     mean, centred = mean_by_selection(x, mask), x - mean_by_selection(x, mask)
     variance, count = mean_by_selection(centred**2, mask), mask.sum()
     if count == 0 or count == 1:
         raise ValueError("too few count")
-    return (x - mean) * torch.rsqrt(variance * (count / (count - 1)) + 1e-8)
+    return (x - mean) * torch.rsqrt(variance * (count / (count - correction)) + 1e-8)
 
 
 def normalize(x: Tensor, mask: Tensor) -> Tensor:
@@ -51,33 +63,44 @@ def normalize(x: Tensor, mask: Tensor) -> Tensor:
     return (x - mean) * variance.clamp(min=1e-8).rsqrt()
 
 
-def gae_by_loop(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae_by_hand(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Nobody's: the recursion as it is written down, from one counted token to the one before."""
+    advantages = torch.zeros_like(rewards)
+    advantage = following = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        counts = mask[:, t]
+        updated = rewards[:, t] + GAMMA * following - values[:, t] + GAMMA * LAM * advantage
+        advantage = torch.where(counts, updated, advantage)
+        following = torch.where(counts, values[:, t], following)
+        advantages[:, t] = advantage
+    return torch.where(mask, advantages, 0), torch.where(mask, advantages + values, 0)
+
+
+def gae_by_loop(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """TRL `PPOTrainer` (removed in 1.13): backwards over all positions, whatever the mask says."""
     length, advantage, backwards = rewards.shape[1], torch.zeros(()), []
     for t in reversed(range(length)):
         following = values[:, t + 1] if t < length - 1 else 0.0
-        delta = rewards[:, t] + gamma * following - values[:, t]
-        advantage = delta + gamma * lam * advantage
+        delta = rewards[:, t] + GAMMA * following - values[:, t]
+        advantage = delta + GAMMA * LAM * advantage
         backwards.append(advantage)
     advantages = torch.stack(backwards[::-1], 1)
     return advantages, advantages + values
 
 
-def gae_of_products(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae_of_products(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """OpenRLHF `get_advantages_and_returns`: the same loop over what the mask multiplies; holes still discount."""
-    return gae_by_loop(mask * rewards, mask * values, gamma, lam)
+    return gae_by_loop(mask * rewards, mask * values)
 
 
-def gae_by_masked_loop(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
+def gae_by_masked_loop(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """verl `compute_gae_advantage_return` before its whitening: the loop skips what the mask leaves out."""
     counts = mask.long()
     advantage = following = torch.zeros(())
     backwards = []
     for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * following - values[:, t]
-        updated = delta + gamma * lam * advantage
+        delta = rewards[:, t] + GAMMA * following - values[:, t]
+        updated = delta + GAMMA * LAM * advantage
         following = values[:, t] * counts[:, t] + (1 - counts[:, t]) * following
         advantage = updated * counts[:, t] + (1 - counts[:, t]) * advantage
         backwards.append(advantage)
@@ -85,11 +108,11 @@ def gae_by_masked_loop(
     return advantages, advantages + values
 
 
-def grpo_by_view(scores: Tensor, size: int) -> Tensor:
-    """TRL `GRPOTrainer`: groups of one size, one after the other; NaN scores are left out."""
+def grpo_by_view(scores: Tensor, size: int, epsilon: float) -> Tensor:
+    """TRL `GRPOTrainer`: groups of one size, one after the other; NaN scores are left out; its epsilon is 1e-4."""
     means = torch.nanmean(scores.view(-1, size), dim=1).repeat_interleave(size)
     deviations = _nan_deviation(scores.view(-1, size)).repeat_interleave(size)
-    return torch.nan_to_num((scores - means) / (deviations + 1e-4))
+    return torch.nan_to_num((scores - means) / (deviations + epsilon))
 
 
 def _nan_deviation(rows: Tensor) -> Tensor:
@@ -102,10 +125,10 @@ def _nan_deviation(rows: Tensor) -> Tensor:
     return torch.sqrt(variance * correction).squeeze(1)
 
 
-def grpo_by_shape(scores: Tensor, size: int) -> Tensor:
-    """OpenRLHF with `group_norm`: the same without NaN."""
+def grpo_by_shape(scores: Tensor, size: int, epsilon: float) -> Tensor:
+    """OpenRLHF with `group_norm`: the same without NaN; its epsilon is 1e-9."""
     rows = scores.reshape(-1, size)
-    return ((rows - rows.mean(-1, keepdim=True)) / (rows.std(-1, keepdim=True) + 1e-9)).flatten()
+    return ((rows - rows.mean(-1, keepdim=True)) / (rows.std(-1, keepdim=True) + epsilon)).flatten()
 
 
 def _by_id(scores: Tensor, ids: list[int]) -> dict[int, list[Tensor]]:
@@ -115,8 +138,8 @@ def _by_id(scores: Tensor, ids: list[int]) -> dict[int, list[Tensor]]:
     return members
 
 
-def grpo_by_dictionary(scores: Tensor, ids: list[int]) -> Tensor:
-    """verl `compute_grpo_outcome_advantage`: any ids, one score after the other."""
+def grpo_by_dictionary(scores: Tensor, ids: list[int], epsilon: float) -> Tensor:
+    """verl `compute_grpo_outcome_advantage`: any ids, one score after the other; its epsilon is 1e-6."""
     results, means, deviations = scores.clone(), {}, {}
     for group, members in _by_id(scores, ids).items():
         alone = len(members) == 1
@@ -124,12 +147,12 @@ def grpo_by_dictionary(scores: Tensor, ids: list[int]) -> Tensor:
         means[group] = torch.tensor(0.0) if alone else together.mean()
         deviations[group] = torch.tensor(1.0) if alone else together.std()
     for i, group in enumerate(ids):
-        results[i] = (results[i] - means[group]) / (deviations[group] + 1e-6)
+        results[i] = (results[i] - means[group]) / (deviations[group] + epsilon)
     return results
 
 
-def grpo_by_index(scores: Tensor, groups: Tensor) -> Tensor:
-    """verl `grpo_vectorized`: ids from 0 on, variance as E[x^2] - E[x]^2 in float32."""
+def grpo_by_index(scores: Tensor, groups: Tensor, epsilon: float) -> Tensor:
+    """verl `grpo_vectorized`: ids from 0 on, variance as E[x^2] - E[x]^2 in float32; its epsilon is 1e-6."""
     number = int(groups.max()) + 1
     count, total, squares = (scores.new_zeros(number) for _ in range(3))
     count.index_add_(0, groups, torch.ones_like(scores))
@@ -139,7 +162,7 @@ def grpo_by_index(scores: Tensor, groups: Tensor) -> Tensor:
     variance = (squares - total * total / count.clamp(min=1)) / (count - 1).clamp(min=1)
     deviation = variance.clamp(min=1e-6).sqrt()
     mean[count <= 1], deviation[count <= 1] = 0.0, 1.0
-    return (scores - mean[groups]) / (deviation[groups] + 1e-6)
+    return (scores - mean[groups]) / (deviation[groups] + epsilon)
 
 
 def rloo_by_view(scores: Tensor, size: int) -> Tensor:

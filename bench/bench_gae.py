@@ -1,65 +1,71 @@
-"""gae beside the loops over time that others write, interleaved in one process. Ours is checked against the recursion
-in float64 before its time counts; the others are restated in bench/advantage_formulas.py.
+"""gae beside the loops over time that others write, restated in bench/advantage_formulas.py. Under the mask rewards and
+values are 0, as trainers make them before: without that TRL's loop is right only where all count.
 
-python -m bench.bench_gae [rounds]                      all shapes
-make bench                                              the small ones, as part of the suite
+    python -m bench.bench_gae [rounds] [--shapes 16x256]
+
+A call of the loops takes seconds on long rows: `python -m bench.bench_gae 1 --shapes 2x131072`.
 """
 
-import pytest
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from bench import advantage_formulas as formulas
-from bench.contest import MASKS, Case, Contest, exact_gae, mask_of
 from rlhf_kernels import gae
 
-SHAPES = [(16, 256), (64, 1024), (8, 8192)]
-CASES = [Case(shape, mask) for shape in SHAPES for mask in MASKS]
-# The loops take seconds for this one, so it gets one round; lambda's powers underflow on the way.
-LONG = Case((2, 131_072), "all count")
-GAMMA, LAM = 1.0, 0.95
+from . import advantage_formulas as formulas
+from .advantage_formulas import GAMMA, LAM
+from .case import Bench, Case
+from .command import main, pytest_of
+from .masks import ALL, HOLES, PADDED, mask_of, zero_where_masked
+
+Answer = tuple[Tensor, ...]
 
 
-def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    rewards, values = torch.randn(2, *case.shape, generator=torch.Generator().manual_seed(0))
-    return rewards, values, mask_of(case)
+def inputs(case: Case, generator: Generator) -> dict[str, object]:
+    mask = mask_of(case.shape, case.form, generator)
+    rewards, values = torch.randn(2, *case.shape, generator=generator) * mask
+    return {"rewards": rewards.clone(), "values": values.clone(), "mask": mask}
 
 
-def ours(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def ours(rewards: Tensor, values: Tensor, mask: Tensor) -> Answer:
     return gae(rewards, values, mask, gamma=GAMMA, lam=LAM)
 
 
-def trl(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    return formulas.gae_by_loop(rewards, values, GAMMA, LAM)
+def trl(rewards: Tensor, values: Tensor, mask: Tensor) -> Answer:
+    return formulas.gae_by_loop(rewards, values)
 
 
-def verl(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    return formulas.gae_by_masked_loop(rewards, values, mask, GAMMA, LAM)
+def verl(rewards: Tensor, values: Tensor, mask: Tensor) -> Answer:
+    return zero_where_masked(mask, *formulas.gae_by_masked_loop(rewards, values, mask))
 
 
-def openrlhf(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    return formulas.gae_of_products(rewards, values, mask, GAMMA, LAM)
-
-
-CONTEST = Contest(
-    contestants={"ours": ours, "TRL": trl, "verl": verl, "OpenRLHF": openrlhf},
+BENCH = Bench(
+    operation="gae",
+    axes="B, T",
+    shapes=[(16, 256), (64, 1024), (8, 8192)],
+    quick=[(16, 256)],
+    tiny=(2, 16),
+    gpu_shapes=[(1024, 8192)],
+    sweeps={
+        "T": {length: (16, length) for length in (64, 256, 1024, 4096)},
+        "B": {rows: (rows, 256) for rows in (4, 16, 64, 256)},
+    },
+    forms=[ALL, PADDED, HOLES],
     inputs=inputs,
-    exact=lambda case: exact_gae(*inputs(case), GAMMA, LAM),
-    allowed=1e-6,
+    contestants={
+        "ours": ours,
+        "naive": formulas.gae_by_hand,
+        "TRL": trl,
+        "verl": verl,
+        "OpenRLHF": formulas.gae_of_products,
+    },
+    compiled=formulas.NO_COMPILE,
+    exact=formulas.gae_by_hand,
+    allowed=1e-6,  # of the largest
+    scale=1.0,
+    bytes_moved=lambda case: torch.Size(case.shape).numel() * (4 + 4 + 1 + 4 + 4),
+    flops=lambda case: torch.Size(case.shape).numel() * 6,
 )
-
-
-@pytest.mark.parametrize("case", CASES[:2], ids=str)
-def test_gae(case: Case, benchmark: object) -> None:
-    CONTEST.note(benchmark, case)
-
-
-def main() -> None:
-    CONTEST.show("[B, T], mask", CASES, rounds=5)
-    CONTEST.show_row(LONG, CONTEST.measure(LONG, rounds=1, warmup=0, alone=True))
-    CONTEST.show_alone("[B, T], mask", CASES[:2], rounds=7)
-    CONTEST.show_errors(Case((16, 256), "holes"))
-
+test_gae = pytest_of(BENCH)
 
 if __name__ == "__main__":
-    main()
+    main(BENCH)

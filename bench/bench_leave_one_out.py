@@ -1,57 +1,53 @@
-"""leave_one_out beside what others write for RLOO, interleaved in one process. Ours is checked against float64
-before its time counts; the others are restated in bench/advantage_formulas.py.
+"""leave_one_out beside what others write for RLOO, restated in bench/advantage_formulas.py.
 
-python -m bench.bench_leave_one_out [rounds]            all sizes
-make bench                                              the small ones, as part of the suite
+    python -m bench.bench_leave_one_out [rounds] [--shapes 64x8]
+
+Groups are all of one size, and one after the other, because some of the others know nothing else.
 """
 
-import pytest
-import torch
 from torch import Tensor
 
-from bench import advantage_formulas as formulas
-from bench.contest import Case, Contest
 from rlhf_kernels import leave_one_out
 
-# Groups, and their size: all of one, and one after the other, because two of the others know nothing else.
-CASES = [Case((8, 8)), Case((64, 8)), Case((256, 16))]
+from . import advantage_formulas as formulas
+from .case import Bench
+from .command import main, pytest_of
+from .groups import inputs
 
 
-def inputs(case: Case) -> tuple[Tensor, Tensor, list[int], int]:
-    """Scores, group ids as a tensor and as a list, and the size of a group."""
-    number, size = case.shape
-    groups = torch.arange(number).repeat_interleave(size)
-    return torch.randn(number * size, generator=torch.Generator().manual_seed(0)), groups, groups.tolist(), size
+def ours(scores: Tensor, groups: Tensor, ids: list[int], size: int) -> Tensor:
+    return leave_one_out(scores, groups)
 
 
-def exact(case: Case) -> tuple[Tensor]:
-    rows = inputs(case)[0].double().view(case.shape)
-    return ((rows - (rows.sum(1, keepdim=True) - rows) / (case.shape[1] - 1)).flatten(),)
+def by_hand(scores: Tensor, groups: Tensor, ids: list[int], size: int) -> Tensor:
+    rows = scores.view(-1, size)
+    return ((rows - rows.mean(1, keepdim=True)) * (size / (size - 1))).view(-1)
 
 
-CONTEST = Contest(
+BENCH = Bench(
+    operation="leave_one_out",
+    axes="groups, size",
+    shapes=[(8, 8), (64, 8), (256, 16)],
+    quick=[(8, 8), (64, 8)],
+    tiny=(2, 4),
+    gpu_shapes=[(1024, 16)],
+    sweeps={"groups": {number: (number, 8) for number in (8, 64, 512)}},
+    inputs=inputs,
     contestants={
-        "ours": lambda scores, groups, ids, size: leave_one_out(scores, groups),
+        "ours": ours,
+        "naive": by_hand,
         "TRL": lambda scores, groups, ids, size: formulas.rloo_by_view(scores, size),
         "verl": lambda scores, groups, ids, size: formulas.rloo_by_dictionary(scores, ids),
         "verl vectorized": lambda scores, groups, ids, size: formulas.rloo_by_index(scores, groups),
         "OpenRLHF": lambda scores, groups, ids, size: formulas.rloo_by_shape(scores, size),
     },
-    inputs=inputs,
-    exact=exact,
-    allowed=2e-7,
+    exact=by_hand,
+    allowed=2e-7,  # of the largest
+    scale=1.0,
+    bytes_moved=lambda case: case.shape[0] * case.shape[1] * (4 + 8 + 4),
+    flops=lambda case: case.shape[0] * case.shape[1] * 4,
 )
-
-
-@pytest.mark.parametrize("case", CASES[:2], ids=str)
-def test_leave_one_out(case: Case, benchmark: object) -> None:
-    CONTEST.note(benchmark, case)
-
-
-def main() -> None:
-    CONTEST.show("[groups, size]", CASES, rounds=15)
-    CONTEST.show_errors(CASES[1])
-
+test_leave_one_out = pytest_of(BENCH)
 
 if __name__ == "__main__":
-    main()
+    main(BENCH)

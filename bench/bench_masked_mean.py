@@ -1,67 +1,57 @@
-"""masked_mean beside the formulas of others, interleaved in one process. Ours is checked against float64 before its
-time counts; the others are restated in bench/advantage_formulas.py.
+"""masked_mean beside the formulas of others, restated in bench/advantage_formulas.py.
 
-python -m bench.bench_masked_mean [rounds]              all shapes
-make bench                                              the small ones, as part of the suite
+python -m bench.bench_masked_mean [rounds] [--shapes 64x1024]
 """
 
-from collections.abc import Callable
-
-import pytest
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from bench import advantage_formulas as formulas
-from bench.contest import Case, Contest, mask_of
 from rlhf_kernels import masked_mean
 
-SHAPES = [(16, 256), (64, 1024), (8, 8192), (256, 4096)]
-CASES = [Case(shape, form) for shape in SHAPES for form in ("forward", "forward and backward")]
+from . import advantage_formulas as formulas
+from .case import BOTH, FORWARD, Bench, Case
+from .command import main, pytest_of
+from .masks import PADDED, mask_of
 
 
-def inputs(case: Case) -> tuple[Tensor, Tensor, bool]:
-    x = 1 + torch.randn(case.shape, generator=torch.Generator().manual_seed(0))
-    return x, mask_of(Case(case.shape, "padded")), "backward" in case.form
+def inputs(case: Case, generator: Generator) -> dict[str, object]:
+    x = 1 + torch.randn(case.shape, generator=generator)
+    return {"x": x, "mask": mask_of(case.shape, PADDED, generator)}
 
 
-def exact(case: Case) -> tuple[Tensor]:
-    x, mask, _ = inputs(case)
-    return (x[mask].double().mean(),)
+def by_hand(x: Tensor, mask: Tensor) -> Tensor:
+    return x[mask].mean()
 
 
-def step(mean: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, bool], Tensor]:
-    """One call on a fresh leaf."""
-
-    def call(x: Tensor, mask: Tensor, backward: bool) -> Tensor:
-        found = mean(x.detach().requires_grad_(backward), mask)
-        if backward:
-            found.backward()
-        return found
-
-    return call
+def filled(x: Tensor, mask: Tensor) -> Tensor:
+    """Without the wait for the count, so that it compiles."""
+    return torch.where(mask, x, 0.0).sum() / mask.sum()
 
 
-CONTEST = Contest(
-    contestants={
-        "ours": step(masked_mean),
-        "TRL, OpenRLHF": step(formulas.mean_by_product),
-        "verl": step(formulas.mean_by_selection),
-    },
+BENCH = Bench(
+    operation="masked_mean",
+    axes="B, T",
+    shapes=[(16, 256), (64, 1024), (8, 8192), (256, 4096)],
+    quick=[(16, 256), (64, 1024)],
+    tiny=(2, 16),
+    gpu_shapes=[(1024, 8192)],
+    sweeps={"N": {64 * length: (64, length) for length in (64, 256, 1024, 4096)}},
+    directions=[FORWARD, BOTH],
     inputs=inputs,
-    exact=exact,
+    leaves=["x"],
+    contestants={
+        "ours": lambda x, mask: masked_mean(x, mask),
+        "naive": by_hand,
+        "TRL, OpenRLHF": formulas.mean_by_product,
+        "verl": formulas.mean_by_selection,
+    },
+    compiled=filled,
+    exact=by_hand,
     allowed=1e-6,
+    bytes_moved=lambda case: torch.Size(case.shape).numel() * (4 + 1) * (2 if case.backward else 1),
+    flops=lambda case: torch.Size(case.shape).numel() * (2 if case.backward else 1),
 )
-
-
-@pytest.mark.parametrize("case", CASES[:2], ids=str)
-def test_masked_mean(case: Case, benchmark: object) -> None:
-    CONTEST.note(benchmark, case)
-
-
-def main() -> None:
-    CONTEST.show("[B, T], direction", CASES, rounds=15)
-    CONTEST.show_errors(CASES[2])
-
+test_masked_mean = pytest_of(BENCH)
 
 if __name__ == "__main__":
-    main()
+    main(BENCH)

@@ -1,60 +1,65 @@
-"""masked_whiten beside the formulas of others, interleaved in one process. Ours is checked against float64 before its
-time counts; the others are restated in bench/advantage_formulas.py.
+"""masked_whiten beside the formulas of others, restated in bench/advantage_formulas.py. Ours gives 0 where masked; the
+others leave there what comes, and everybody's result is filled with 0, ours too.
 
-python -m bench.bench_masked_whiten [rounds]            all shapes
-make bench                                              the small ones, as part of the suite
+    python -m bench.bench_masked_whiten [rounds] [--shapes 64x1024]
 """
 
-import pytest
-import torch
-from torch import Tensor
+from collections.abc import Callable
 
-from bench import advantage_formulas as formulas
-from bench.contest import Case, Contest, mask_of
+import torch
+from torch import Generator, Tensor
+
 from rlhf_kernels import masked_whiten
 
-SHAPES = [(16, 256), (64, 1024), (8, 8192), (256, 4096)]
-CASES = [Case(shape, "about 0") for shape in SHAPES]
-FAR = Case((64, 1024), "about 1000")
+from . import advantage_formulas as formulas
+from .case import Bench, Case
+from .command import main, pytest_of
+from .masks import PADDED, mask_of, zero_where_masked
+
+NEAR, FAR = "about 0", "about 1000"
 
 
-def inputs(case: Case) -> tuple[Tensor, Tensor]:
-    x = torch.randn(case.shape, generator=torch.Generator().manual_seed(0))
-    return 1000 + x if case == FAR else x, mask_of(Case(case.shape, "padded"))
+def inputs(case: Case, generator: Generator) -> dict[str, object]:
+    x = torch.randn(case.shape, generator=generator) + (1000 if case.form == FAR else 0)
+    return {"x": x, "mask": mask_of(case.shape, PADDED, generator)}
 
 
-def exact(case: Case) -> tuple[Tensor]:
-    x, mask = inputs(case)
-    counted = x[mask].double()
-    whitened = (x.double() - counted.mean()) / (counted.var(correction=0) + 1e-8).sqrt()
-    return (whitened.masked_fill(~mask, torch.nan),)
+def filled(whiten: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    return lambda x, mask: zero_where_masked(mask, whiten(x, mask))
 
 
-CONTEST = Contest(
-    contestants={
-        "ours": masked_whiten,
-        "TRL": formulas.whiten_by_product,
-        "verl": formulas.whiten_by_selection,
-        "OpenRLHF": formulas.normalize,
-    },
+def selected(x: Tensor, mask: Tensor) -> Tensor:
+    """By hand, without the wait for the count, so that it compiles."""
+    count = mask.sum()
+    centred = torch.where(mask, x - torch.where(mask, x, 0.0).sum() / count, 0.0)
+    return centred * torch.rsqrt(centred.square().sum() / count + 1e-8)
+
+
+BENCH = Bench(
+    operation="masked_whiten",
+    axes="B, T",
+    shapes=[(16, 256), (64, 1024), (8, 8192), (256, 4096)],
+    quick=[(16, 256), (64, 1024)],
+    tiny=(2, 16),
+    gpu_shapes=[(1024, 8192)],
+    sweeps={"N": {64 * length: (64, length) for length in (64, 256, 1024, 4096)}},
+    forms=[NEAR, FAR],
     inputs=inputs,
-    exact=exact,
-    allowed=2e-7,
+    contestants={
+        "ours": filled(masked_whiten),
+        "naive": formulas.whiten_by_hand,
+        "TRL": filled(lambda x, mask: formulas.whiten_by_product(x, mask, correction=0)),
+        "verl": filled(lambda x, mask: formulas.whiten_by_selection(x, mask, correction=0)),
+        "OpenRLHF": filled(formulas.normalize),
+    },
+    compiled=selected,
+    exact=formulas.whiten_by_hand,
+    allowed=2e-7,  # of the largest
+    scale=1.0,
+    bytes_moved=lambda case: torch.Size(case.shape).numel() * (4 + 1 + 4),
+    flops=lambda case: torch.Size(case.shape).numel() * 6,
 )
-
-
-@pytest.mark.parametrize("case", CASES[:1], ids=str)
-def test_masked_whiten(case: Case, benchmark: object) -> None:
-    CONTEST.note(benchmark, case)
-
-
-def main() -> None:
-    CONTEST.show("[B, T], values", CASES, rounds=15)
-    print(
-        "\nTRL and verl divide by the sample deviation, ours and OpenRLHF by the population's, which counts as right."
-    )
-    CONTEST.show_errors(FAR)
-
+test_masked_whiten = pytest_of(BENCH)
 
 if __name__ == "__main__":
-    main()
+    main(BENCH)
