@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rlhf_engine import Engine
-from rlhf_engine.plan import Architecture, Job, Operation, Setup, measure_cpu, seconds, step
+from rlhf_engine.plan import Architecture, Job, Operation, Setup, measure_cpu, operations, seconds
 
 from . import ours
 from .subject import Setting, make_policy, make_prompts, make_scorer, make_tokenizer
@@ -56,7 +56,7 @@ def setup(which: str, setting: Setting, machine: Any) -> Setup:
 def predicted(plan: Setup) -> dict[str, float]:
     """Seconds of each part."""
     times = dict.fromkeys(PARTS, 0.0)
-    for operation in step(plan):
+    for operation in operations(plan):
         times[part_of(operation)] += seconds(operation, plan)[0]
     return times
 
@@ -118,12 +118,14 @@ def main() -> None:
     machine = measure_cpu()
     print(
         f"{machine.name}: {machine.bandwidth / 1e9:.1f} GB/s, {machine.flops['float32'] / 1e12:.3f} TFLOP/s, "
-        f"{machine.launch * 1e6:.1f} us a launch\n\n| step | part | predicted ms | measured ms | error |\n|---|---|---|---|---|"
+        f"{machine.launch * 1e6:.1f} us a launch\n\n"
+        "| step | part | predicted ms | measured ms | error |\n|---|---|---|---|---|"
     )
     for name, setting in SETTINGS.items():
         for which in ("grpo", "ppo"):
             for part, (expected, found) in errors(which, setting, machine, rounds).items():
-                print(f"| {which}, {name} | {part} | {1e3 * expected:.1f} | {1e3 * found:.1f} | {expected / found - 1:+.0%} |")
+                times = f"{1e3 * expected:.1f} | {1e3 * found:.1f} | {expected / found - 1:+.0%}"
+                print(f"| {which}, {name} | {part} | {times} |", flush=True)
 
 
 if __name__ == "__main__":

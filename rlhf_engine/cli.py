@@ -18,7 +18,16 @@ from rich.table import Table
 from rlhf_engine.checkpoint import CheckpointNotSaved, DamagedCheckpoint
 from rlhf_engine.config import ConfigError, read_run_file
 from rlhf_engine.manager import PluginError, answers, installed, load, winners
-from rlhf_engine.plan import Setup, architecture, check_tables, job_of, machine, model_of, plan_tables, sweep_table
+from rlhf_engine.plan import (
+    Setup,
+    check_tables,
+    find_architecture,
+    find_machine,
+    job_of,
+    model_of,
+    plan_tables,
+    sweep_table,
+)
 from rlhf_engine.plan.machine import WIDTH
 from rlhf_engine.run import Run
 
@@ -110,7 +119,7 @@ def plan(
         parsed = read_run_file(file, set)
         setup = Setup(
             job=job_of(parsed).resized(batch=batch, tokens=tokens, prompt_tokens=prompt_tokens),
-            model=architecture(model) if model else model_of(parsed), machine=machine(gpu), count=count,
+            model=find_architecture(model) if model else model_of(parsed), machine=find_machine(gpu), count=count,
             dtype=dtype or ("float32" if gpu == "cpu" else "bfloat16"), recompute=recompute,
         )  # fmt: skip
         console.print(*plan_tables(setup), sep="\n")

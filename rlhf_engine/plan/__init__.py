@@ -7,11 +7,11 @@
 `check` how far all this is from what was measured. The formulas stand at the top of each of these files.
 """
 
-from rlhf_engine.plan.architecture import Architecture, architecture
+from rlhf_engine.plan.architecture import Architecture, find_architecture
 from rlhf_engine.plan.job import Job, job_of, model_of
-from rlhf_engine.plan.machine import Machine, machine, measure_cpu
-from rlhf_engine.plan.memory import Part, Setup, memory, peak
-from rlhf_engine.plan.step import Operation, bottleneck, seconds, step
+from rlhf_engine.plan.machine import Machine, find_machine, measure_cpu
+from rlhf_engine.plan.memory import Part, Setup, memory_parts, peak
+from rlhf_engine.plan.step import Operation, bottleneck, operations, seconds
 from rlhf_engine.plan.tables import check_tables, plan_tables, sweep_table
 
 __all__ = [
@@ -21,17 +21,17 @@ __all__ = [
     "Operation",
     "Part",
     "Setup",
-    "architecture",
     "bottleneck",
     "check_tables",
+    "find_architecture",
+    "find_machine",
     "job_of",
-    "machine",
     "measure_cpu",
-    "memory",
+    "memory_parts",
     "model_of",
+    "operations",
     "peak",
     "plan_tables",
     "seconds",
-    "step",
     "sweep_table",
 ]

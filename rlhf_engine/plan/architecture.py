@@ -8,7 +8,8 @@ key-value heads k of size d, feed-forward size f, vocabulary V and l layers:
     arithmetic of a token    2 l products forward, twice that backward; 2 V h for the output layer where it is asked
     attention                4 a d l for every pair of a token and one that it sees
     keys and values          2 l k d numbers for every token
-    kept for backward        4 h + 2 a d + 2 k d + 4 f numbers a token and layer; attention itself is computed again
+    kept for backward        w (4 h + 2 a d + 2 k d + 4 f) + 8 h bytes a token and layer at w bytes a number: the norms
+                             keep theirs in float32, and attention's probabilities are computed again
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from rlhf_engine.config import ConfigError, did_you_mean
 
-__all__ = ["PRESETS", "Architecture", "architecture"]
+__all__ = ["PRESETS", "Architecture", "find_architecture"]
 
 KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -92,9 +93,9 @@ class Architecture:
         """Of the keys and values of one token; `width`: bytes a number."""
         return 2 * self.layers * self.keys * width
 
-    def kept_numbers(self) -> int:
+    def kept_bytes(self, width: int) -> int:
         """What one layer keeps of one token for its backward pass."""
-        return 4 * self.hidden + 2 * self.queries + 2 * self.keys + 4 * self.intermediate
+        return width * (4 * self.hidden + 2 * (self.queries + self.keys) + 4 * self.intermediate) + 8 * self.hidden
 
     def body_flops(self, tokens: float) -> float:
         """All layers forward, without attention's pairs and without the output layer."""
@@ -130,7 +131,7 @@ PRESETS = {
 }
 
 
-def architecture(name: str) -> Architecture:
+def find_architecture(name: str) -> Architecture:
     """A preset by name, or the `config.json` at a path (the file, or the folder that holds it).
 
     Raises ConfigError where it is neither, or of a kind that is not known here.

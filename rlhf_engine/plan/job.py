@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_engine.config import ConfigError, RunFile, build, table_name
 from rlhf_engine.manager import load
-from rlhf_engine.plan.architecture import Architecture, architecture
+from rlhf_engine.plan.architecture import Architecture, find_architecture
 
 __all__ = ["Job", "job_of", "model_of"]
 
@@ -57,7 +57,7 @@ class Job:
     def resized(self, *, batch: int = 0, tokens: int = 0, prompt_tokens: int = 0) -> Job:
         """The same with another number of responses, or other lengths; 0: as it was."""
         if batch % self.samples:
-            raise ConfigError(f"--batch {batch}: it counts responses, {self.samples} to a prompt; give a multiple of it")
+            raise ConfigError(f"--batch {batch}: responses, {self.samples} to a prompt; give a multiple of that")
         responses = batch or self.responses
         response_tokens = tokens or self.response_tokens
         if not prompt_tokens:
@@ -95,7 +95,7 @@ def model_of(file: RunFile) -> Architecture:
         raise ConfigError(f"{file.path}: its models come from no plugin that a plan can read; say --model")
     hf = _built(file, MODELS)
     if hf.policy:
-        return architecture(hf.policy)
+        return find_architecture(hf.policy)
     return Architecture(
         name="a fresh Llama", source=f"[hf] of {Path(file.path).name}", vocabulary=hf.vocabulary, hidden=hf.hidden,
         intermediate=hf.intermediate, layers=hf.layers, heads=hf.heads, kv_heads=hf.heads,

@@ -10,7 +10,7 @@ from functools import partial
 
 from rlhf_engine.config import ConfigError, did_you_mean
 
-__all__ = ["GPUS", "Efficiency", "Machine", "machine", "measure_cpu"]
+__all__ = ["GPUS", "Efficiency", "Machine", "find_machine", "measure_cpu"]
 
 WIDTH = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -22,17 +22,20 @@ class Efficiency:
     matmul: float
     memory: float
     link: float
+    basis: str
+    """where these shares come from"""
 
     def __str__(self) -> str:
-        return f"{self.matmul:.0%} of the matrix peak, {self.memory:.0%} of the bandwidth, {self.link:.0%} of the links"
+        shares = {"matrix peak": self.matmul, "bandwidth": self.memory, "links": self.link}
+        return ", ".join(f"{share:.0%} of the {name}" for name, share in shares.items()) + f" ({self.basis})"
 
 
-# Matrix products: 43 % is what Llama 3 405B reached on 8192 H100s with sequences of 8192 tokens (arXiv:2407.21783, table
-# 4). Bandwidth and links are assumptions: 0.9 is what `token_logprobs` is meant to reach, not yet measured on a GPU.
-ON_GPU = Efficiency(matmul=0.43, memory=0.9, link=0.8)
-# The ceilings are measured here, so these are shares of what was reached once: medians of `linear_logprobs` and
-# `token_logprobs`, forward and backward in float32, in a run of `rlhf bench --quick` on two cores.
-ON_CPU = Efficiency(matmul=0.6, memory=0.35, link=1.0)
+# Matrix products: 43 % is what Llama 3 405B reached on 8192 H100s at 8192 tokens (arXiv:2407.21783, table 4). Bandwidth
+# and links are assumed: 0.9 is what `token_logprobs` is meant to reach on an H100.
+ON_GPU = Efficiency(matmul=0.43, memory=0.9, link=0.8, basis="43% as Llama 3; the rest assumed, not measured")
+# The ceilings are measured here, so these are shares of what was reached once: about the medians of `linear_logprobs`
+# and `token_logprobs`, forward and backward in float32, in one run of `rlhf bench --quick` on two cores.
+ON_CPU = Efficiency(matmul=0.6, memory=0.35, link=1.0, basis="as the benches reached on two cores")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +55,9 @@ class Machine:
     """and to other nodes"""
     node: int = 8
     """devices of a node"""
-    launch: float = 6e-6
-    """seconds that the host takes to launch one small operation from Python"""
+    launch: float = 1e-5
+    """seconds from Python for one operation of a model's layer. Of a GPU assumed: half is what the modules of
+    transformers take on a CPU with nothing to compute (4.3 to 5.3 us an operation, measured), half the launch itself"""
     is_cpu: bool = False
     """the same cores launch and work: these times add up, where a GPU's overlap"""
     efficiency: Efficiency = field(default=ON_GPU)
@@ -81,7 +85,7 @@ GPUS = {
 }
 
 
-def machine(name: str) -> Machine:
+def find_machine(name: str) -> Machine:
     """A GPU by name, or "cpu": this machine, measured now. Raises ConfigError for any other name."""
     if name == "cpu":
         return measure_cpu()
@@ -102,20 +106,20 @@ def measure_cpu() -> Machine:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         square = torch.ones(768, 768, dtype=dtype)
         flops[str(dtype).removeprefix("torch.")] = 2 * 768**3 / _best(partial(torch.matmul, square, square))
-    tiny = torch.ones(1, 1)
+    module, tiny = torch.nn.Linear(1, 1, bias=False), torch.ones(1, 1)
     return Machine(
         name=f"this CPU, {torch.get_num_threads()} threads", flops=flops, bandwidth=bandwidth,
         memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
-        launch=_best(partial(_many, partial(torch.nn.functional.linear, tiny, tiny)), rounds=20) / MANY,
+        launch=_best(partial(_many, partial(module, tiny))) / CALLS,
         is_cpu=True, efficiency=ON_CPU, source="measured now",
     )  # fmt: skip
 
 
-MANY = 200
+CALLS = 200
 
 
 def _many(step: Callable[[], object]) -> None:
-    for _ in range(MANY):
+    for _ in range(CALLS):
         step()
 
 

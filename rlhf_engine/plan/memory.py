@@ -7,8 +7,8 @@ devices as in ZeRO-3 / FSDP (Rajbhandari et al. 2020, arXiv:1910.02054):
     gradients                 w P / n             of what is trained, while it learns
     optimizer                 12 P / n            Adam in 16 bits: a float32 copy and two moments; 8 P / n in float32
     gathered layer            2 w U               n > 1: weights and gradient of the largest unit U, layer or embedding
-    activations               m L l k w           m responses of L tokens at once; k numbers a token and layer
-      recomputed              m L (l h + k) w     one input a layer, and one layer whole
+    activations               m L l k             m responses of L tokens at once; k bytes a token and layer
+      recomputed              m L (l h w + k)     one input a layer, and one layer whole
     logits, by the kernels    2 min(4 N V, 256 MiB), and in 16 bits 4 V h for the float32 gradient of the head
     generator's weights       w P / t             n > 1: a copy, split over t devices
     keys and values           R L kv / t          R responses of each of n // t generators, all at once
@@ -27,7 +27,7 @@ from rlhf_engine.plan.architecture import Architecture
 from rlhf_engine.plan.job import Job
 from rlhf_engine.plan.machine import WIDTH, Machine
 
-__all__ = ["ALWAYS", "GENERATING", "LEARNING", "Part", "Setup", "memory", "peak"]
+__all__ = ["ALWAYS", "GENERATING", "LEARNING", "Part", "Setup", "memory_parts", "peak"]
 
 ALWAYS, GENERATING, LEARNING = "always", "generating", "learning"
 KEPT_LOGITS = 256 * 2**20  # as `linear_logprobs` keeps at most
@@ -108,9 +108,9 @@ def activations(setup: Setup, recompute: bool) -> float:
     """Bytes kept for the backward pass of one piece; policy and critic stand there together."""
     model = setup.model
     tokens = setup.piece * setup.job.tokens
-    layers, kept = model.layers, model.kept_numbers()
-    numbers = layers * model.hidden + kept if recompute else layers * kept
-    return float(tokens * numbers * setup.width * (2 if setup.job.own_critic else 1))
+    layers, kept = model.layers, model.kept_bytes(setup.width)
+    each = layers * model.hidden * setup.width + kept if recompute else layers * kept
+    return float(tokens * each * (2 if setup.job.own_critic else 1))
 
 
 def held_logits(setup: Setup) -> float:
@@ -124,7 +124,7 @@ def kernel_logits(setup: Setup) -> float:
     return min(held_logits(setup), 2 * KEPT_LOGITS) + head
 
 
-def memory(setup: Setup) -> list[Part]:
+def memory_parts(setup: Setup) -> list[Part]:
     """Every part that this setup has."""
     model, job, n, w = setup.model, setup.job, setup.count, setup.width
     optimizer = 12 if w < 4 else 8

@@ -22,7 +22,7 @@ from rlhf_engine.plan.kernels import KERNELS, kernel_work
 from rlhf_engine.plan.machine import Machine
 from rlhf_engine.plan.memory import KEPT_LOGITS, Setup
 
-__all__ = ["Operation", "bottleneck", "seconds", "step"]
+__all__ = ["Operation", "bottleneck", "operations", "seconds"]
 
 # Operations that a layer of transformers 5.23's Llama launches, counted with TorchDispatchMode, views left out.
 FORWARD_LAUNCHES, BACKWARD_LAUNCHES, TOKEN_LAUNCHES, SAMPLER_LAUNCHES = 34, 67, 40, 30
@@ -62,7 +62,7 @@ def seconds(operation: Operation, setup: Setup) -> tuple[float, str]:
     return limits.pop("launches") + max(limits.values()), which
 
 
-def step(setup: Setup) -> list[Operation]:
+def operations(setup: Setup) -> list[Operation]:
     """All operations of one step, in order."""
     job = setup.job
     found = [*_generate(setup)]
@@ -91,7 +91,7 @@ def _generate(setup: Setup) -> list[Operation]:
     def reduced(tokens: float) -> float:
         return 4 * model.layers * tokens * model.hidden * w * (t - 1) / t
 
-    copied = [Operation(name="generate: new weights", transfers=w * model.parameters / t * (n - 1) / n)] if n > 1 else []
+    copied = Operation(name="generate: new weights", transfers=w * model.parameters / t * (n - 1) / n)
     read = Operation(
         name="generate: prompts",
         flops=(model.body_flops(prompts * start) + prompts * model.attention_flops(0, start)) / t,
@@ -110,12 +110,12 @@ def _generate(setup: Setup) -> list[Operation]:
         within_node=True,
         launches=job.response_tokens * (model.layers * TOKEN_LAUNCHES + SAMPLER_LAUNCHES),
     )
-    return [*copied, read, write]
+    return [copied, read, write] if n > 1 else [read, write]
 
 
 def _traffic(setup: Setup, tokens: float) -> float:
     """Bytes that the layers write and read of so many tokens, forward."""
-    return 2.0 * tokens * setup.model.layers * setup.model.kept_numbers() * setup.width
+    return 2.0 * tokens * setup.model.layers * setup.model.kept_bytes(setup.width)
 
 
 def _rows(setup: Setup, learns: bool) -> tuple[int, int]:
@@ -166,7 +166,7 @@ def _optimizer(setup: Setup) -> Operation:
 
 def bottleneck(setup: Setup) -> str:
     """One sentence: what takes longest, and what would if that took half as long."""
-    times = {operation.name: seconds(operation, setup) for operation in step(setup)}
+    times = {operation.name: seconds(operation, setup) for operation in operations(setup)}
     total = sum(time for time, _ in times.values())
     first, second = sorted(times, key=lambda name: times[name][0], reverse=True)[:2]
     (time, why), (other, other_why) = times[first], times[second]

@@ -12,11 +12,18 @@ from rich.table import Table
 
 from rlhf_engine.plan.architecture import PRESETS
 from rlhf_engine.plan.check import compare, median_error
-from rlhf_engine.plan.memory import Setup, activations, held_logits, kernel_logits, memory, peak
-from rlhf_engine.plan.step import bottleneck, seconds, step
+from rlhf_engine.plan.memory import Setup, activations, held_logits, memory_parts, peak
+from rlhf_engine.plan.step import bottleneck, operations, seconds
 
 __all__ = ["check_tables", "plan_tables", "sweep_table"]
 
+# What helps where the largest part does not fit.
+REMEDIES = {
+    "optimizer states": "more devices",
+    "keys and values": "fewer responses at once (--batch), or more devices",
+    "activations": "fewer responses at once (--set rl.rows_per_forward=1); below one, sequences split over devices",
+    "generator's weights": "devices with more memory",
+}
 SWEPT = ("llama-8b", "llama-70b"), (8 * 1024, 128 * 1024), (1, 8, 64)
 
 
@@ -53,8 +60,11 @@ def _assumptions(setup: Setup) -> str:
         if setup.count > 1
         else ""
     )
+    if job.minibatch < setup.count:
+        sharding += f"Only {job.minibatch} devices learn at a time: that many responses are in an optimizer step.\n"
     return (
-        f"{model.name}: {model.parameters:,} parameters ({model.source}), {setup.dtype}, on {devices} ({machine.source})\n"
+        f"{model.name}: {model.parameters:,} parameters ({model.source}), {setup.dtype}\n"
+        f"On {devices} ({machine.source})\n"
         f"A step: {job.responses} responses of {job.response_tokens} tokens to prompts of {job.prompt_tokens}, "
         f"{job.epochs} epochs, {job.minibatch} in an optimizer step, {setup.piece} at once on a device\n"
         f"{sharding}Counted on: {machine.efficiency}"
@@ -64,7 +74,7 @@ def _assumptions(setup: Setup) -> str:
 def _memory_table(setup: Setup) -> Table:
     table = Table("memory of a device", "bytes", "when", title="Memory by part")
     table.columns[1].justify = "right"
-    parts = memory(setup)
+    parts = memory_parts(setup)
     for part in parts:
         name = part.name
         if name == "activations":
@@ -79,16 +89,17 @@ def _memory_table(setup: Setup) -> Table:
 
 
 def fits(setup: Setup) -> bool:
-    return peak(memory(setup)) <= setup.machine.memory
+    return peak(memory_parts(setup)) <= setup.machine.memory
 
 
 def _verdict(setup: Setup) -> str:
     if fits(setup):
         return "It fits."
-    largest = max(memory(setup), key=lambda part: part.bytes).name
+    largest = max(memory_parts(setup), key=lambda part: part.bytes).name
     if not setup.recompute and fits(replace(setup, recompute=True)):
         return f"It does NOT fit; the largest part is: {largest}. With --recompute it would."
-    return f"It does NOT fit, with or without recomputation; the largest part is: {largest}."
+    remedy = f" What helps: {REMEDIES[largest]}." if largest in REMEDIES else ""
+    return f"It does NOT fit, with or without --recompute; the largest part is: {largest}.{remedy}"
 
 
 def _step_table(setup: Setup) -> Table:
@@ -96,19 +107,20 @@ def _step_table(setup: Setup) -> Table:
     for column in table.columns[1:5]:
         column.justify = "right"
     total = 0.0
-    for operation in step(setup):
+    for operation in operations(setup):
         time, why = seconds(operation, setup)
         total += time
         links = size(operation.transfers) if operation.transfers else "-"
         flops = f"{operation.flops:.2e}" if operation.flops else "-"
-        table.add_row(operation.name, flops, size(operation.bytes) if operation.bytes else "-", links, duration(time), why)
+        through = size(operation.bytes) if operation.bytes else "-"
+        table.add_row(operation.name, flops, through, links, duration(time), why)
     table.add_section()
     table.add_row("a step", "", "", "", duration(total), "")
     return table
 
 
 def step_seconds(setup: Setup) -> float:
-    return sum(seconds(operation, setup)[0] for operation in step(setup))
+    return sum(seconds(operation, setup)[0] for operation in operations(setup))
 
 
 def sweep_table(setup: Setup) -> Table:
@@ -123,8 +135,8 @@ def sweep_table(setup: Setup) -> Table:
                 case = replace(setup, model=PRESETS[name], job=job, count=count, recompute=False)
                 if not fits(case):
                     case = replace(case, recompute=True)
-                parts = memory(case)
-                slowest = max(step(case), key=lambda operation: seconds(operation, case)[0])
+                parts = memory_parts(case)
+                slowest = max(operations(case), key=lambda operation: seconds(operation, case)[0])
                 why = f"{slowest.name} ({seconds(slowest, case)[1]})"
                 if not fits(case):
                     why = f"memory: {max(parts, key=lambda part: part.bytes).name}; then {why}"
