@@ -238,6 +238,9 @@ def test_sampling_takes_at_least_a_walk_through_the_weights_for_every_token() ->
     seen = sum(512 + i + 0.5 for i in range(1024)) * 131_072
     found = by_name(setup)["generate: tokens"]
     assert found.bytes == 1024 * weights + seen + 32 * 1024 * 128_256
+    products = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336) + 128_256 * 4096
+    attention = 4 * 32 * 4096 * sum(512 + i + 0.5 for i in range(1024))
+    assert found.flops == 2 * products * 1024 + attention
     eager = replace(setup, machine=replace(setup.machine, launch=0.0))
     time, why = seconds(found, eager)
     assert (why, time) == ("memory", pytest.approx(found.bytes / (3.35e12 * 0.9)))
@@ -370,20 +373,25 @@ def test_predictions_beside_measurements(tmp_path: Path) -> None:
         tmp_path,
         record("token_logprobs", [10, 100, 1000], 0.4),
         record("linear_logprobs", [100, 50, 1000], 0.5, direction=both, dtype="bfloat16"),
+        record("token_logprobs", [10, 100, 1000], 0.4, dtype="bfloat16"),
+        record("token_logprobs", [10, 100, 1000], 0.4, dtype="bfloat16", device="cuda"),
         record("linear_logprobs", [100, 50, 1000], 0.5, contestant="naive"),
         record("token_logprobs", [10, 100, 1000], None),
         record("step", [8, 4, 16, 32], 250.0),
     )
     found, unknown = compare(path)
-    assert unknown == ["step"] and len(found) == 2
+    assert unknown == ["step"] and len(found) == 4
     assert found[0].floor == pytest.approx(4e6 / 20e9)
     assert found[0].predicted == pytest.approx(4e6 / 20e9 / 0.35)
     assert found[0].error == pytest.approx(0.2 / 0.35 / 0.4 - 1)
     assert found[1].floor == pytest.approx(6 * 5e6 / 0.25e12)  # multiplied in float32, which is faster there
+    assert found[2].predicted == found[0].predicted  # a CPU computes in float32 anyway
+    assert found[3].floor == pytest.approx(found[0].floor / 2)
+    assert found[3].predicted == pytest.approx(2e6 / 20e9 / 0.9)
     printed = list(check_tables(path))
-    assert "token_logprobs: median error 43% of 1" in printed
+    assert "token_logprobs: median error 43% of 3" in printed
     assert "linear_logprobs: median error 60% of 1" in printed
-    assert "all: median error 51% of 2" in printed
+    assert "all: median error 51% of 4" in printed
     assert "no formula, not compared: step" in printed
 
 
