@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.timing import Verdict, interleave, print_verdicts, verdict
+from .timing import Verdict, interleave, print_verdicts, verdict
 from rlhf_kernels import importance_weights
 
 SHAPES = [(8, 64), (32, 256), (64, 1024), (4, 16_384)]

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import formulas
-from bench.timing import Verdict, interleave, print_verdicts, verdict
+from . import formulas
+from .timing import Verdict, interleave, print_verdicts, verdict
 from rlhf_kernels import kl_estimate
 
 SHAPES = [(8, 64), (32, 256), (64, 1024), (4, 16_384)]

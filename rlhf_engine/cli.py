@@ -1,4 +1,4 @@
-"""The command line: `rlhf run FILE`, `rlhf plugins [FILE]`, `rlhf bench`."""
+"""The command line: `rlhf run FILE`, `rlhf plugins [FILE]`, `rlhf bench`, `rlhf plan FILE`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ from rich.table import Table
 from rlhf_engine.checkpoint import CheckpointNotSaved, DamagedCheckpoint
 from rlhf_engine.config import ConfigError, read_run_file
 from rlhf_engine.manager import PluginError, answers, installed, load, winners
+from rlhf_engine.plan import (
+    Setup,
+    check_tables,
+    find_architecture,
+    find_machine,
+    job_of,
+    model_of,
+    plan_tables,
+    sweep_table,
+)
+from rlhf_engine.plan.machine import WIDTH
 from rlhf_engine.run import Run
 
 __all__ = ["main"]
@@ -118,6 +129,43 @@ def bench(
     except (command.BenchError, ValueError, OSError) as error:
         raise BenchMissing(str(error)) from error
     raise typer.Exit(status)
+
+
+@app.command()
+def plan(
+    file: Annotated[Path | None, typer.Argument(help="a run file; its table [rl] says what a step is")] = None,
+    set: Set = [],  # noqa: B006
+    model: Annotated[str, typer.Option(help="llama-8b and the like, or a config.json; else the run file's own")] = "",
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200, b200; cpu: this machine, measured now")] = "h100",
+    count: Annotated[int, typer.Option(min=1, help="how many of them")] = 1,
+    tokens: Annotated[int, typer.Option(min=0, help="of a response; else the run file's")] = 0,
+    prompt_tokens: Annotated[int, typer.Option(min=0, help="of a prompt; else as many, at most 512")] = 0,
+    batch: Annotated[int, typer.Option(min=0, help="responses in a step; else the run file's")] = 0,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32; else bfloat16, and float32 on a CPU")] = "",
+    recompute: Annotated[bool, typer.Option("--recompute", help="activations again in the backward pass")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="also 8B and 70B, 8k and 128k tokens, 1, 8 and 64")] = False,
+    check: Annotated[Path | None, typer.Option(help="compare the model with a file of rlhf bench --json")] = None,
+) -> None:
+    """What a step of a run needs on some GPUs: memory by part, time by operation, and the bottleneck."""
+    if file is None and check is None:
+        raise ConfigError("rlhf plan needs a run file, such as examples/movies.toml, or --check with a file of results")
+    if dtype and dtype not in WIDTH:
+        raise ConfigError(f"--dtype {dtype}: unknown. Known: {', '.join(WIDTH)}")
+    if gpu == "cpu" and count > 1:
+        raise ConfigError(f"--gpu cpu --count {count}: there is one such machine here")
+    console = get_console()
+    if file is not None:
+        parsed = read_run_file(file, set)
+        setup = Setup(
+            job=job_of(parsed).resized(batch=batch, tokens=tokens, prompt_tokens=prompt_tokens),
+            model=find_architecture(model) if model else model_of(parsed), machine=find_machine(gpu), count=count,
+            dtype=dtype or ("float32" if gpu == "cpu" else "bfloat16"), recompute=recompute,
+        )  # fmt: skip
+        console.print(*plan_tables(setup), sep="\n")
+        if sweep:
+            console.print(sweep_table(setup))
+    if check is not None:
+        console.print(*check_tables(check), sep="\n")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ WRAPPED_BY = {
 ROWS = {
     "rlhf_engine": (
         *("__main__", "cli", "__init__"),
-        *("stages", "engine", "run", "manager", "defaults", "rewards"),
+        *("plan", "stages", "engine", "run", "manager", "defaults", "rewards"),
         *("hookspecs", "checkpoint", "state", "config", "models", "split"),
         "batch",
     ),
