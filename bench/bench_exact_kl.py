@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .timing import Verdict, interleave, print_verdicts, verdict
 from rlhf_kernels import exact_kl
+
+from .timing import Verdict, interleave, print_verdicts, verdict
 
 SHAPES = [(4, 64, 1000), (64, 32, 384), (8, 128, 4096), (4, 128, 32_000), (1, 64, 151_936)]
 DIRECTIONS = ["forward", "forward and backward"]

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_kernels import kl_estimate
+
 from . import formulas
 from .timing import Verdict, interleave, print_verdicts, verdict
-from rlhf_kernels import kl_estimate
 
 SHAPES = [(8, 64), (32, 256), (64, 1024), (4, 16_384)]
 KINDS = ["k1", "k2", "k3"]

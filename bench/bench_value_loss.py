@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from .timing import Verdict, interleave, print_verdicts, verdict
 from rlhf_kernels import value_loss
+
+from .timing import Verdict, interleave, print_verdicts, verdict
 
 SHAPES = [(8, 64), (32, 256), (64, 1024), (4, 16_384)]
 DIRECTIONS = ["forward", "forward and backward"]

@@ -42,7 +42,7 @@ def setup(which: str, setting: Setting, machine: Any) -> Setup:
         tied=True,
     )  # fmt: skip
     lengths = {"prompt_tokens": setting.prompt_length, "response_tokens": setting.response_length}
-    rows = {"minibatch": setting.batch, "piece": setting.batch, **lengths}
+    rows: dict[str, Any] = {"minibatch": setting.batch, "piece": setting.batch, **lengths}
     if which == "grpo":
         job = Job(prompts=setting.prompts, samples=setting.group, **rows)
     else:
