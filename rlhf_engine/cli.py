@@ -151,8 +151,8 @@ def plan(
         raise ConfigError("rlhf plan needs a run file, such as examples/movies.toml, or --check with a file of results")
     if dtype and dtype not in WIDTH:
         raise ConfigError(f"--dtype {dtype}: unknown. Known: {', '.join(WIDTH)}")
-    if gpu == "cpu" and count > 1:
-        raise ConfigError(f"--gpu cpu --count {count}: there is one such machine here")
+    if gpu == "cpu" and (count > 1 or sweep):
+        raise ConfigError("--gpu cpu: there is one such machine here, so neither --count nor --sweep goes with it")
     console = get_console()
     if file is not None:
         parsed = read_run_file(file, set)

@@ -21,10 +21,10 @@ __all__ = ["check_tables", "plan_tables", "sweep_table"]
 REMEDIES = {
     "optimizer states": "more devices",
     "keys and values": "fewer responses at once (--batch), or more devices",
-    "activations": "fewer responses at once (--set rl.rows_per_forward=1); below one, sequences split over devices",
+    "activations": "shorter responses (--tokens), or sequences split over devices, which is not planned here",
     "generator's weights": "devices with more memory",
 }
-SWEPT = ("llama-8b", "llama-70b"), (8 * 1024, 128 * 1024), (1, 8, 64)
+SWEPT_MODELS, SWEPT_TOKENS, SWEPT_COUNTS = ("llama-8b", "llama-70b"), (8 * 1024, 128 * 1024), (1, 8, 64)
 
 
 def size(count: float) -> str:
@@ -96,10 +96,12 @@ def _verdict(setup: Setup) -> str:
     if fits(setup):
         return "It fits."
     largest = max(memory_parts(setup), key=lambda part: part.bytes).name
-    if not setup.recompute and fits(replace(setup, recompute=True)):
-        return f"It does NOT fit; the largest part is: {largest}. With --recompute it would."
+    case, fit = spare(setup)
+    if fit != "no":
+        single = " and --set rl.rows_per_forward=1" if case.piece < setup.piece else ""
+        return f"It does NOT fit; the largest part is: {largest}. With --recompute{single} it would."
     remedy = f" What helps: {REMEDIES[largest]}." if largest in REMEDIES else ""
-    return f"It does NOT fit, with or without --recompute; the largest part is: {largest}.{remedy}"
+    return f"It does NOT fit, whether recomputed or one response at a time; the largest part is: {largest}.{remedy}"
 
 
 def _step_table(setup: Setup) -> Table:
@@ -123,28 +125,32 @@ def step_seconds(setup: Setup) -> float:
     return sum(seconds(operation, setup)[0] for operation in operations(setup))
 
 
+def spare(setup: Setup) -> tuple[Setup, str]:
+    """The first of these that fits: as it is, with recomputation, and one response at a time too; else the last."""
+    recomputed = replace(setup, recompute=True)
+    single = replace(recomputed, job=replace(setup.job, piece=1))
+    for case, how in ((setup, ""), (recomputed, ", recomputed"), (single, ", recomputed, one at a time")):
+        if fits(case):
+            return case, f"yes{how}"
+    return single, "no"
+
+
 def sweep_table(setup: Setup) -> Table:
     """8B and 70B, 8k and 128k tokens, 1, 8 and 64 devices: what fits, how long it takes, and what stands in the way."""
-    title = f"The same step elsewhere, on {setup.machine.name}; recomputation where it does not fit without"
+    title = f"The same step elsewhere, on {setup.machine.name}; where it does not fit as it is, as sparing as it can be"
     table = Table("model", "response", "devices", "memory of a device", "fits", "a step", "bottleneck", title=title)
-    models, lengths, counts = SWEPT
-    for name in models:
-        for length in lengths:
-            for count in counts:
+    for name in SWEPT_MODELS:
+        for length in SWEPT_TOKENS:
+            for count in SWEPT_COUNTS:
                 job = setup.job.resized(tokens=length)
-                case = replace(setup, model=PRESETS[name], job=job, count=count, recompute=False)
-                if not fits(case):
-                    case = replace(case, recompute=True)
+                case, fit = spare(replace(setup, model=PRESETS[name], job=job, count=count, recompute=False))
                 parts = memory_parts(case)
                 slowest = max(operations(case), key=lambda operation: seconds(operation, case)[0])
                 why = f"{slowest.name} ({seconds(slowest, case)[1]})"
-                if not fits(case):
+                if fit == "no":
                     why = f"memory: {max(parts, key=lambda part: part.bytes).name}; then {why}"
-                again = ", recomputed" if case.recompute else ""
-                table.add_row(
-                    name, f"{length // 1024}k", str(count), size(peak(parts)), ("yes" if fits(case) else "no") + again,
-                    duration(step_seconds(case)), why,
-                )  # fmt: skip
+                figures = (size(peak(parts)), fit, duration(step_seconds(case)), why)
+                table.add_row(name, f"{length // 1024}k", str(count), *figures)
             table.add_section()
     return table
 

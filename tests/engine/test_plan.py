@@ -38,7 +38,7 @@ from rlhf_engine.plan.kernels import kernel_work
 from rlhf_engine.plan.machine import GPUS, Machine
 from rlhf_engine.plan.memory import ALWAYS, GENERATING, LEARNING, activations
 from rlhf_engine.plan.step import Operation
-from rlhf_engine.plan.tables import check_tables, duration, size
+from rlhf_engine.plan.tables import check_tables, duration, size, spare
 from tests.toys import run_file
 
 MOVIES = Path(__file__).resolve().parents[2] / "examples" / "movies.toml"
@@ -458,6 +458,28 @@ def test_the_command_on_this_machine(plan: Callable[..., str]) -> None:
     assert "2,557,632 parameters" in said and "float32" in said and "It fits." in said
 
 
+def test_the_command_says_what_would_help(plan: Callable[..., str]) -> None:
+    def said(*arguments: object) -> str:
+        return plan(MOVIES, "--model", "llama-8b", *arguments)
+
+    assert "It does NOT fit; the largest part is: activations. With --recompute it would." in said(
+        "--count", 8, "--tokens", 8192
+    )
+    assert "With --recompute and --set rl.rows_per_forward=1 it would." in said(
+        "--count",
+        2 * 8,
+        "--tokens",
+        60_000,
+        "--batch",
+        32,
+        "--set",
+        "rl.minibatch_size=32",
+        "--set",
+        "hf.shared_critic=true",
+    )
+    assert "largest part is: optimizer states. What helps: more devices." in said()
+
+
 def test_the_command_compares(plan: Callable[..., str], tmp_path: Path) -> None:
     path = results(tmp_path, record("token_logprobs", [10, 100, 1000], 0.4))
     assert "all: median error 43% of 1" in plan("--check", path)
@@ -471,12 +493,24 @@ def test_the_command_compares(plan: Callable[..., str], tmp_path: Path) -> None:
         ([MOVIES, "--model", "gpt-5"], "neither a known model"),
         ([MOVIES, "--dtype", "int4"], "Known: bfloat16, float16, float32"),
         ([MOVIES, "--gpu", "cpu", "--count", "2"], "one such machine"),
+        ([MOVIES, "--gpu", "cpu", "--sweep"], "one such machine"),
         ([MOVIES, "--set", "rl.epoch=2"], 'Did you mean "epochs"'),
     ],
 )
 def test_the_command_refuses(arguments: list[object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         CliRunner().invoke(app, ["plan", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_what_does_not_fit_is_tried_more_sparingly() -> None:
+    assert spare(on_h100(replace(GRPO, prompts=1), "qwen2.5-0.5b"))[1] == "yes"
+    long = replace(GRPO, prompts=8, samples=1, minibatch=8, piece=8, response_tokens=2048)
+    setup = on_h100(long, "llama-3b")
+    assert spare(setup) == (replace(setup, recompute=True), "yes, recomputed")
+    longer = on_h100(replace(long, response_tokens=64 * 1024, prompts=2), "llama-3b", count=2)
+    case, fit = spare(longer)
+    assert (case.recompute, case.piece, fit) == (True, 1, "yes, recomputed, one at a time")
+    assert spare(on_h100(model="llama-70b"))[1] == "no"
 
 
 def test_figures_are_short() -> None:
