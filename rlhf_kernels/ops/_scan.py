@@ -40,10 +40,7 @@ def check_layout(cu_seqlens: Tensor | None, bootstrap: Tensor | None, **tokens: 
 def _sound(mask: Tensor, *tokens: Tensor) -> bool:
     """Whether nothing is to be said against these CPU tensors: a small input takes less time than the checks that can
     name a fault."""
-    if type(mask) is not Tensor or mask.dtype != torch.bool or not mask.is_cpu:
-        return False
-    shape = mask.shape
-    return all(type(x) is Tensor and x.is_cpu and x.shape == shape and x.is_floating_point() for x in tokens)
+    return _check.alike(mask, *tokens) and mask.is_cpu
 
 
 def one_each(tokens: Tensor, cu_seqlens: Tensor | None, **tensors: Tensor) -> None:

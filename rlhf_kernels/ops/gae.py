@@ -10,6 +10,7 @@ from rlhf_kernels import backend
 from rlhf_kernels.ops import _check, _masking, _scan
 
 _BLOCK = 32
+_PRECISION = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
 class Advantages(NamedTuple):
@@ -136,7 +137,8 @@ def _look_at(mask: Tensor) -> tuple[bool, bool]:
     if mask.numel() == 0 or mask.view(torch.uint8).min():
         return True, True
     rests = mask.shape[1] - 1
-    return False, not torch.count_nonzero(mask.narrow(1, 1, rests) > mask.narrow(1, 0, rests))
+    rises = mask.narrow(1, 1, rests) > mask.narrow(1, 0, rests)
+    return False, rests == 0 or not rises.view(torch.uint8).max()
 
 
 def _packing(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,10 +171,10 @@ def _lambda_returns(
 def _product_dtype(x: Tensor) -> torch.dtype:
     """float64 wherever a float32 matrix product might be computed in TF32 or bfloat16."""
     plain = (
-        x.device.type == "cpu"
+        x.is_cpu
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
+        and _PRECISION.fp32_precision in ("none", "ieee")
     )
     return x.dtype if plain else torch.float64
 
