@@ -66,6 +66,6 @@ def importance_weights(
             log_ratio, mask = torch.where(mask, log_ratio, 0.0).sum(1), mask.any(1)
         return torch.where(mask, log_ratio.exp().clamp(max=cap), 0.0)
     bits = _masking.bits(mask, dtype)
-    if level == "sequence":
-        log_ratio, bits = _masking.keep_(log_ratio, bits).sum(1), _masking.bits(mask.any(1), dtype)
+    if level == "sequence":  # without a counted token the sum is 0, the weight finite: a product zeroes it
+        return _masking.keep_(log_ratio, bits).sum(1).exp_().clamp_(max=cap).mul_(mask.any(1))
     return _masking.keep_(log_ratio.exp_().clamp_(max=cap), bits)
