@@ -469,7 +469,7 @@ def test_the_command_says_what_would_help(plan: Callable[..., str]) -> None:
         "--count",
         2 * 8,
         "--tokens",
-        60_000,
+        80_000,
         "--batch",
         32,
         "--set",
