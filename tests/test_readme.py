@@ -23,9 +23,12 @@ ELSEWHERE = {
     "rlhf run examples/movies.toml": "tests/test_end_to_end.py",
     "rlhf run examples/movies.toml --set ppo.clip=0.3 --set run.folder=runs/clip": "test_overrides_as_in_the_readme",
     "pip install ./examples/brevity_reward": "tests/test_examples.py",
+    "rlhf bench --ops gae,policy_loss --quick": "tests/bench/test_command.py",
+    "bash bench/gpu.sh results": "tests/bench/test_gpu_script.py",
     "python examples/own_loop.py runs/movies/pretrain/result": "tests/test_examples.py",
 }
 HERE = ["rlhf plugins", "rlhf plugins examples/movies.toml", "python -m rlhf_kernels", "python -m rlhf_kernels --check"]
+HERE += ["rlhf plan examples/movies.toml --model llama-8b --gpu h100 --count 8"]
 
 
 def commands() -> list[str]:
@@ -51,7 +54,7 @@ def test_commands_that_only_tell(command: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    expected = {"rlhf plugins": "ppo", "rlhf plugins examples/movies.toml": "kl_penalty (wraps)"}
+    expected = {HERE[-1]: "It fits", "rlhf plugins": "ppo", "rlhf plugins examples/movies.toml": "kl_penalty (wraps)"}
     assert expected.get(command, "linear_logprobs") in done.stdout
 
 

@@ -229,6 +229,8 @@ def check_arguments(
     """Raise what `linear_logprobs` says it raises, but for the tokens and the temperature."""
     _check.floating(hidden=hidden, weight=weight)
     _check.integer(tokens=tokens)
+    if lora is not None and not (isinstance(lora, tuple | list) and len(lora) == 2):
+        raise TypeError(f"lora must be a pair (A [r, H], B [V, r]) or None, got {type(lora).__name__}")
     others = {"bias": bias, "lora[0]": lora[0] if lora else None, "lora[1]": lora[1] if lora else None, "mask": mask}
     _check.together(hidden=hidden, weight=weight, tokens=tokens, **others)
     if hidden.dim() == 0 or hidden.shape[:-1] != tokens.shape:

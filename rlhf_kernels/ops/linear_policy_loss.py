@@ -56,7 +56,8 @@ def linear_policy_loss(
 
     Memory: the logits of one lot of rows (up to 256 MiB on a CPU, up to 2 GiB on a GPU, and their gradient beside
     them), and the gradients, in float32 until the backward pass, which multiplies them by the loss's own gradient and
-    hands them out: a second backward pass through the same graph raises RuntimeError.
+    hands them out: a second backward pass through the same graph raises RuntimeError (so does `torch.autograd.grad` by
+    one leaf after another: ask for all in one call), and so does torch if a leaf was changed in place before it.
 
     It is the two operations one after the other, with their products and memory, where no gradient is asked for; with
     GSPO, whose gradient is known only when the whole sequence is; with `vocabulary_parallel`; under torch.compile; and
@@ -71,7 +72,11 @@ def linear_policy_loss(
         "surrogate": surrogate,
     }
     options: dict[str, Any] = {**clips, "weights": weights, "kl": kl, "reduce": reduce, "normalizer": normalizer}
+    _check.floating(old_logp=old_logp, advantages=advantages)
     _check.same_shape(tokens=tokens, old_logp=old_logp)
+    _check.together(hidden=hidden, old_logp=old_logp, advantages=advantages, mask=mask)
+    if not isinstance(entropy_coefficient, int | float | None):
+        raise TypeError(f"entropy_coefficient must be a number or None, got {type(entropy_coefficient).__name__}")
     if entropy_coefficient is not None and not math.isfinite(entropy_coefficient):
         raise ValueError(f"entropy_coefficient must be a finite number or None, got {entropy_coefficient}")
 
@@ -102,7 +107,8 @@ def linear_policy_loss(
     inverse = _rows.inverse_temperature(temperature, tokens.shape, mask, dtype)
     asks_gradient = mask
     if not entropy_coefficient and (kl is None or not kl.coefficient):
-        asks_gradient = mask & _of_tokens(advantages if weights is None else advantages * weights, mask).ne(0)
+        for factor in (advantages,) if weights is None else (advantages, weights):
+            asks_gradient = asks_gradient & _of_tokens(factor, mask).ne(0)
     learning, others = (x.reshape(-1).nonzero().squeeze(-1) for x in (asks_gradient, mask & ~asks_gradient))
     rows = Rows.of(hidden, tokens, weight.shape[0], inverse, mask, torch.cat([learning, others]), lora, dtype)
     leaves = (rows.hidden, weight, bias, rows.low, None if lora is None else lora[1])

@@ -45,10 +45,15 @@ def masked_mean(x: Tensor, mask: Tensor, *, normalizer: float | Tensor | None = 
 
 
 def check_normalizer(normalizer: float | Tensor | None) -> None:
-    """Raise ValueError for a number that is not positive, and for a tensor that is not 0-d."""
+    """Raise TypeError for what is no number, ValueError for a number that is not positive, and for a tensor that is not
+    0-d, or that lies on the CPU and is negative or NaN. (0 is the count of a batch in which nothing counts.)"""
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}")
+        if _check.on_host(normalizer) and not torch.compiler.is_compiling() and not float(normalizer.detach()) >= 0:
+            raise ValueError(f"normalizer must be positive, got {normalizer}; None divides by the local count")
+    elif not isinstance(normalizer, int | float | None) or isinstance(normalizer, bool):
+        raise TypeError(f"normalizer must be a number, a 0-d tensor or None, got {type(normalizer).__name__}")
     elif normalizer is not None and not normalizer > 0:
         raise ValueError(f"normalizer must be positive, got {normalizer}; None divides by the local count")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from rlhf_kernels import backend
 from rlhf_kernels.ops import _check, _policy_formula, _policy_on_host
 from rlhf_kernels.ops._policy_terms import GSPO, SAPO, Clip, EntropyTerm, Inputs, KLTerm, Surrogate
+from rlhf_kernels.ops.masked_mean import check_normalizer
 
 Reduce = Literal["tokens", "sequences"]
 PPO_CLIPS = (0.2, 0.2, None)
@@ -43,14 +44,16 @@ def policy_loss(
     With `dual_clip = c`, tokens of negative advantage cost at most `-c * A`, however large their ratio.
     `surrogate`, in place of the three clips: `CISPO(...)`, `GSPO(...)` or `SAPO(...)`.
     Only `logp`, and the entropy of the entropy term, get a gradient. It is exactly 0 where masked, whatever lies
-    there; the surrogate's is too where it is clipped (PPO, GSPO) or its advantage or weight is 0.
+    there; the surrogate's is too where it is clipped (PPO, GSPO) or its advantage or weight is 0 (with GSPO: those of
+    the whole sequence, whose ratio they share).
 
     `reduce="tokens"` sums over the counted tokens and divides by `normalizer`, by default their number (DAPO's
     token mean); Dr.GRPO divides by batch size * maximal length. `reduce="sequences"` sums each sequence's mean
     over its counted tokens and divides by `normalizer`, by default the number of sequences with a counted token
     (GRPO). All terms are reduced alike. Given the whole batch's normaliser, micro-batches add up to one big batch.
 
-    Metrics, over this call's counted tokens (0 if there are none), not weighted:
+    Metrics, over this call's counted tokens (0 if there are none), not weighted, but that a token of weight 0 has the
+    advantage 0:
         clip_fraction_low, clip_fraction_high: share with A < 0 and ratio < 1 - clip_low; A > 0 and ratio >
             1 + clip_high. clip_fraction: their sum. With GSPO the ratio is the sequence's; with CISPO, which
             clips the weight whatever its sign, A does not matter; SAPO has none of the three.
@@ -69,8 +72,9 @@ def policy_loss(
         clip_high: how far above 1 (DAPO: .28); 0 or more.
         dual_clip: c above 1 (Ye et al.: 3), or None for none.
         surrogate: another surrogate than PPO's; the three clips must then keep their defaults.
-        weights: 0 or more, a shape that advantages may have: multiplies the surrogate, without gradient; 0
-            takes a token out of it. Such as `importance_weights(...)`.
+        weights: 0 or more and finite, which is not checked; a shape that advantages may have: multiplies the
+            surrogate, without gradient; 0 takes a token out of it (GSPO: not out of its sequence's ratio). Such as
+            `importance_weights(...)`.
         kl: `KLTerm(ref_logp=..., coefficient=..., kind=...)`.
         entropy: `EntropyTerm(entropy=..., coefficient=...)`.
         reduce: "tokens" or "sequences" (`[B, T]` only).
@@ -90,6 +94,12 @@ def policy_loss(
     """
     if surrogate is not None and not isinstance(surrogate, Surrogate):
         raise TypeError(f"surrogate must be CISPO(...), GSPO(...) or SAPO(...), got {type(surrogate).__name__}")
+    if kl is not None and not isinstance(kl, KLTerm):
+        raise TypeError(f"kl must be KLTerm(ref_logp=..., coefficient=...) or None, got {type(kl).__name__}")
+    if entropy is not None and not isinstance(entropy, EntropyTerm):
+        raise TypeError(
+            f"entropy must be EntropyTerm(entropy=..., coefficient=...) or None, got {type(entropy).__name__}"
+        )
     if surrogate is not None and (clip_low, clip_high, dual_clip) != PPO_CLIPS:
         raise ValueError(
             f"clip_low, clip_high and dual_clip are those of PPO; {type(surrogate).__name__} has its own: "
@@ -187,7 +197,4 @@ def _check_reduction(logp: Tensor, form: Clip | Surrogate, reduce: str, normaliz
     if logp.dim() != 2 and (reduce == "sequences" or isinstance(form, GSPO)):
         who = 'reduce="sequences"' if reduce == "sequences" else "GSPO"
         raise ValueError(f"{who} needs logp [B, T], got shape {list(logp.shape)}")
-    if isinstance(normalizer, Tensor) and normalizer.dim() != 0:
-        raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}")
-    if isinstance(normalizer, float | int) and not normalizer > 0:
-        raise ValueError(f"normalizer must be positive, got {normalizer}; None divides by the local count")
+    check_normalizer(normalizer)

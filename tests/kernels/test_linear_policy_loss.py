@@ -129,6 +129,8 @@ def options_of(case: str) -> dict[str, Any]:
             "weights": torch.rand(6),
             "normalizer": torch.tensor(80.0),
         },
+        "weights, advantages by row": {"weights": torch.rand(6, 9).round(decimals=1)},
+        "weights by row": {"weights": torch.tensor([0.0, 1.0, 2.0, 1.0, 0.5, 0.0]), "dual_clip": 3.0},
         "SAPO, k2, sequences": {
             "surrogate": SAPO(),
             "kl": KLTerm(ref_logp=-3 - torch.rand(6, 9), coefficient=0.1, kind="k2"),
@@ -149,6 +151,8 @@ LOSSES = [
     "clip",
     "clips, number",
     "CISPO, weights by row, tensor",
+    "weights by row",
+    "weights, advantages by row",
     "SAPO, k2, sequences",
     "k3, weights, sequences by number",
     "GSPO",
@@ -167,7 +171,7 @@ def test_it_is_its_two_parts_over_several_lots(head: str, losses: str, entropy: 
     batch = example()
     batch.pop("bias")
     hidden, weight, tokens = (batch.pop(name) for name in ("hidden", "weight", "tokens"))
-    if "by row" in losses:
+    if "CISPO" in losses or "advantages by row" in losses:
         batch["advantages"] = batch["advantages"][:, 0].contiguous()
     of_head, others = leaves_of(head)
     options = options_of(losses)
@@ -333,6 +337,14 @@ def test_bad_input_is_refused_before_any_product() -> None:
         ({"mask": batch["mask"].float()}, TypeError, "mask must be a bool"),
         ({"reduce": "mean"}, ValueError, "reduce must be"),
         ({"normalizer": 0}, ValueError, "normalizer must be positive"),
+        ({"normalizer": torch.tensor(-1.0)}, ValueError, "normalizer must be positive"),
+        ({"normalizer": torch.tensor(math.nan)}, ValueError, "normalizer must be positive"),
+        ({"normalizer": "3"}, TypeError, "normalizer must be a number"),
+        ({"kl": batch["old_logp"]}, TypeError, "kl must be KLTerm"),
+        ({"lora": batch["weight"]}, TypeError, "lora must be a pair"),
+        ({"old_logp": batch["tokens"]}, TypeError, "old_logp must be a floating"),
+        ({"old_logp": batch["old_logp"].to("meta")}, ValueError, "old_logp is on meta"),
+        ({"entropy_coefficient": batch["mask"]}, TypeError, "entropy_coefficient must be a number"),
         ({"clip_low": 2.0}, ValueError, "clip_low must be in"),
         ({"temperature": 0}, ValueError, "temperature must be positive"),
         ({"entropy_coefficient": math.nan}, ValueError, "entropy_coefficient must be a finite number"),

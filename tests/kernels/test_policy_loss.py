@@ -635,3 +635,10 @@ def test_bad_arguments(error, message, arguments, options):
 def test_bad_surrogates_and_terms(message, make) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("named", [{"kl": torch.zeros(2, 3)}, {"kl": 0.1}, {"entropy": 0.01}], ids=str)
+def test_a_bare_tensor_or_number_is_no_term(named: dict) -> None:
+    batch = (torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"must be (KL|Entropy)Term\("):
+        policy_loss(*batch, **named)
