@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,30 +120,3 @@ def compare(steps: dict[str, Callable[[], object]], rounds: int, warmup: int = 2
     timings = interleave(steps, rounds, warmup)
     print(f"{header()}\nrounds   {rounds} of {', '.join(steps)} and back\n\n{table(timings)}\n")
     return timings
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One case of a table: the fastest rival, its wall time over ours, and everybody's milliseconds, all medians."""
-
-    best: str
-    ratio: float
-    milliseconds: dict[str, float]
-
-
-def verdict(timings: dict[str, Timing]) -> Verdict:
-    """Ours, which is named "ours", beside the fastest of the others, paired round by round."""
-    over_ours = {name: ratios(timings["ours"].wall, x.wall)[0] for name, x in timings.items() if name != "ours"}
-    best = min(over_ours, key=over_ours.__getitem__)
-    return Verdict(best, over_ours[best], {name: 1e3 * statistics.median(x.wall) for name, x in timings.items()})
-
-
-def print_verdicts(what: str, names: Iterable[str], rows: Iterable[tuple[object, Verdict]], rounds: int) -> None:
-    """Print where and how, and a row as soon as each case is measured; `what` heads the column of the cases."""
-    names = list(names)
-    print(header())
-    print(f"rounds   {rounds}; milliseconds (median wall time); the last column is the best rival's time over ours\n")
-    print(f"| {what} | {' | '.join(names)} | best rival / ours |\n|---|{'---|' * len(names)}---|")
-    for case, found in rows:
-        columns = " | ".join(f"{found.milliseconds[name]:.2f}" for name in names)
-        print(f"| {case} | {columns} | {found.ratio:.2f} ({found.best}) |", flush=True)

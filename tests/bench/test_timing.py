@@ -178,12 +178,3 @@ def test_the_commit_says_whether_the_tree_differs_from_it(tmp_path: Path, monkey
     assert timing.commit() == git("rev-parse", "--short", "HEAD")
     (tmp_path / "timing.py").write_text("2")
     assert timing.commit() == git("rev-parse", "--short", "HEAD") + "+changes"
-
-
-def test_the_verdict_names_the_fastest_rival_whatever_its_place(clock: Clock, capsys: pytest.CaptureFixture) -> None:
-    steps = {name: clock.contestant(name, cost, wall=1) for name, cost in (("slow", 6), ("ours", 2), ("quick", 3))}
-    found = timing.verdict(interleave(steps, rounds=3))
-    assert (found.best, found.ratio) == ("quick", 1.5)
-    assert found.milliseconds == pytest.approx({"slow": 6000, "ours": 2000, "quick": 3000})
-    timing.print_verdicts("case", steps, [("[2, 3]", found)], rounds=3)
-    assert "| [2, 3] | 6000.00 | 2000.00 | 3000.00 | 1.50 (quick) |" in capsys.readouterr().out
