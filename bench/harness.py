@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,8 @@ GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 MOST_INPUTS = 2**29  # bytes of all sets of inputs that take turns
 MOST_SETS = 32
-SAMPLE_SECONDS = 1e-3  # a call that is shorter is repeated until a sample takes as long
+SAMPLE_SECONDS = 1e-2  # a call that is shorter is repeated until a sample takes about as long
+MOST_CALLS = 200  # in a sample
 CHECKED_IN_FULL = 2**26  # elements: of larger cases, some rows are checked
 
 
@@ -56,10 +57,14 @@ class Contestant:
         leaves = bench.leaves if case.backward else ()
 
         def step() -> list[Tensor | None]:
-            with backend.using(self.mode) if self.mode else nullcontext():
+            with self.forced():
                 return run(self.function, inputs, leaves)
 
         return step
+
+    def forced(self) -> AbstractContextManager[None]:
+        """The backend that it is to run on; entered once a sample, for the entering takes time too."""
+        return backend.using(self.mode) if self.mode else nullcontext()
 
     @property
     def is_ours(self) -> bool:
@@ -305,17 +310,19 @@ def _timed(
     warm: dict[str, float],
     sets: list[dict[str, Any]],
 ) -> dict[str, Timing]:
-    """Each contestant's rounds, seconds a call; a sample of a short call is the mean of many."""
+    """Each contestant's rounds, seconds a call; a sample of a short call is the mean of many, each on other inputs."""
     if not ready:
         return {}
     turn: Iterator[dict[str, Any]] = itertools.cycle(sets)
-    repeats = {name: max(1, min(50, math.ceil(SAMPLE_SECONDS / max(warm[name], 1e-7)))) for name in ready}
+    leaves = bench.leaves if case.backward else ()
+    repeats = {name: max(1, min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(warm[name], 1e-7)))) for name in ready}
     round_seconds = 2 * sum(repeats[name] * warm[name] for name in ready)
     rounds = int(max(options.least_rounds, min(options.rounds, options.seconds / max(round_seconds, 1e-9))))
 
     def step(one: Contestant, times: int) -> None:
-        for _ in range(times):
-            one.call(bench, case, next(turn))()
+        with one.forced():
+            for _ in range(times):
+                run(one.function, next(turn), leaves)
 
     steps: dict[str, Callable[[], object]] = {name: partial(step, one, repeats[name]) for name, one in ready.items()}
     warmup = 0 if rounds == 1 or round_seconds > 0.3 else 1  # everybody has been called twice already
