@@ -66,7 +66,7 @@ def test_the_step_bench_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for rival in ("trl_grpo", "trl_reward", "trl_ppo"):
         monkeypatch.setattr(bench_step.peers, rival, lambda *arguments: lambda: None)
     records = measure_steps(Options(CPU, rounds=1), command.Clock(None), show=False)
-    assert [record.form for record in records if record.contestant == "ours"] == ["grpo", "reward", "ppo"]
+    assert [record.form for record in records if record.contestant == "ours"] == ["pretrain", "reward", "grpo", "ppo"]
     assert all(record.milliseconds and record.clock == "cpu" for record in records)
 
     def absent(*arguments: object) -> None:
