@@ -181,7 +181,7 @@ def test_a_training_is_trls_and_off_gives_everything_back(folder: Path, bf16: bo
     for mine, other in zip(ours.state.log_history[:4], theirs.state.log_history[:4], strict=True):
         assert mine.keys() == other.keys()
         for name in ("loss", "kl", "entropy", "grad_norm", "clip_ratio/region_mean"):
-            assert mine[name] == pytest.approx(other[name], rel=0.1 if bf16 else 1e-4, abs=1e-6), name
+            assert mine[name] == pytest.approx(other[name], rel=0.1 if bf16 else 1e-4, abs=0.05 if bf16 else 1e-6), name
     assert theirs.state.log_history[3]["kl"] > 0.1
     assert theirs.state.log_history[3]["clip_ratio/region_mean"] > 0.1
     if bf16:  # Adam's first steps are signs: where a gradient is near 0, rounding decides
