@@ -21,6 +21,7 @@ What differs, everywhere below:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,36 +74,17 @@ class PolicyLoss(nn.Module):
             raise ValueError(f'policy_loss_type is "{policy_loss_type}"; allowed: ppo, gspo')
         if policy_loss_type == "gspo" and dual_clip is not None:
             raise ValueError('dual_clip goes with policy_loss_type="ppo" only')
-        self.clips = {"clip_low": clip_eps_low, "clip_high": clip_eps_high}
-        self.dual_clip = dual_clip
-        self.policy_loss_type = policy_loss_type
-        self.token_level_loss = token_level_loss and policy_loss_type == "ppo"
+        self.options: dict[str, Any] = {"clip_low": clip_eps_low, "clip_high": clip_eps_high, "dual_clip": dual_clip}
+        if policy_loss_type == "gspo":
+            self.options = {"surrogate": GSPO(clip_low=clip_eps_low, clip_high=clip_eps_high)}
+        self.options["reduce"] = "tokens" if token_level_loss and policy_loss_type == "ppo" else "sequences"
 
     def forward(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, None]:
         """All `[batch_size, response_size]`; gradients reach log_probs."""
         mask = _mask(action_mask, log_probs)
-        reduce = "tokens" if self.token_level_loss else "sequences"
-        if self.policy_loss_type == "gspo":
-            loss, metrics = policy_loss(
-                log_probs,
-                old_log_probs,
-                advantages,
-                mask,
-                surrogate=GSPO(**self.clips),
-                reduce=reduce,  # type: ignore
-            )
-        else:
-            loss, metrics = policy_loss(
-                log_probs,
-                old_log_probs,
-                advantages,
-                mask,
-                **self.clips,
-                dual_clip=self.dual_clip,
-                reduce=reduce,  # type: ignore
-            )
+        loss, metrics = policy_loss(log_probs, old_log_probs, advantages, mask, **self.options)
         with torch.no_grad():
             return loss, metrics["clip_fraction"], masked_mean(old_log_probs - log_probs, mask), None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -299,3 +301,12 @@ def test_reward_trainers_options_that_ours_does_not_cover(folder: Path) -> None:
         from rlhf_plugins.grpo import GRPO
 
         switch_on(reward(folder), GRPO())
+
+
+def test_nothing_of_others_is_imported_before_it_is_called_for() -> None:
+    code = (
+        "import sys, rlhf_engine.embed.trl, rlhf_engine.embed.verl, rlhf_engine.embed.openrlhf;"
+        "print([name for name in ('trl', 'transformers', 'accelerate', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"

@@ -154,7 +154,8 @@ def policy_by_hand(old: Tensor, new: Tensor, advantages: Tensor, mask: Tensor, m
         "seq-mean-token-mean": sum(sum(row) / len(row) for row in rows) / ROWS,
         "seq-mean-token-sum-norm": sum(map(sum, rows)) / LENGTH,
     }[mode]
-    return [torch.tensor(x, dtype=torch.float64) for x in (loss, sum(clip) / count, sum(kl) / count, sum(lower) / count)]
+    figures = (loss, sum(clip) / count, sum(kl) / count, sum(lower) / count)
+    return [torch.tensor(x, dtype=torch.float64) for x in figures]
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
