@@ -30,7 +30,8 @@ def as_trl(reward: Any) -> Callable[..., list[float | None]]:
 
     An abstention (NaN) becomes None, which TRL leaves out of the group's baseline as we do. TRL weighs by
     `GRPOConfig(reward_weights=[...])`, so a reward whose own weight is not 1 is refused when it answers: it would be
-    weighed twice or not at all. TRL logs it under the plugin's class name, or the function's.
+    weighed twice or not at all. TRL logs it under the plugin's class name, or the function's. What should happen when a
+    reward fails is the engine's to decide; in TRL an exception ends the training.
 
     Raises TypeError for a reward that asks for `rollout` or `models`, which TRL does not have.
     """
@@ -50,7 +51,10 @@ def as_trl(reward: Any) -> Callable[..., list[float | None]]:
             for i, prompt in enumerate(prompts)
         ]
         texts = [_text(completion, role="assistant") for completion in completions]
-        [answer] = made.hook.rlhf_reward(rollout=None, prompts=asked, texts=texts, models=None)
+        answers = made.hook.rlhf_reward(rollout=None, prompts=asked, texts=texts, models=None)
+        if [type(answer) for answer in answers] != [Reward]:
+            raise TypeError(f"as_trl({name}): it must return one Reward, and returned {answers or None!r}")
+        [answer] = answers
         if answer.weight != 1:
             raise ValueError(
                 f'as_trl({name}): the reward "{answer.name}" has the weight {answer.weight}. Leave it at 1, and give '

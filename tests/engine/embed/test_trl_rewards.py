@@ -106,6 +106,14 @@ def test_what_as_trl_refuses() -> None:
 
     with pytest.raises(TypeError, match="OfModels.*'models'"):
         as_trl(OfModels())
+
+    class Forgetful:
+        @hookimpl
+        def rlhf_reward(self, texts: list[str]) -> Any:
+            return None
+
+    with pytest.raises(TypeError, match="Forgetful.*one Reward, and returned None"):
+        as_trl(Forgetful())(prompts=["a"], completions=["b"])
     with pytest.raises(TypeError, match="'rollout'"):
         as_trl(lambda rollout: [])
     with pytest.raises(ValueError, match=r"weight 0\.5.*reward_weights"):
