@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +20,8 @@ from rlhf_kernels import backend
 from rlhf_plugins.bradley_terry import BradleyTerry
 from tests.engine.embed import tiny
 from tests.engine.embed.tiny import grpo, reward, trl
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +197,51 @@ def test_a_training_is_trls_and_off_gives_everything_back(folder: Path, bf16: bo
     moved = [(p - q).abs().max() for p, q in zip(theirs.model.parameters(), start.parameters(), strict=True)]
     for mine, other, far in zip(ours.model.parameters(), theirs.model.parameters(), moved, strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=0.005 * float(far))
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_in_evaluation_nothing_is_accumulated(folder: Path, loss_type: str) -> None:
+    trainer = grpo(folder, loss_type=loss_type)
+    trainer.current_gradient_accumulation_steps = 2
+    trainer.model.eval()
+    theirs = trainer.compute_loss(trainer.model, tiny.batch())
+    with switch_on(trainer):
+        ours = trainer.compute_loss(trainer.model, tiny.batch())
+    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
+    first, second = trainer._metrics["eval"]["entropy"]
+    assert first == pytest.approx(second, rel=1e-5)
+
+
+def test_data_parallel_training_is_trls(folder: Path) -> None:
+    """Two processes on the CPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *sys.path])), "OMP_NUM_THREADS": "1"}
+    common["ACCELERATE_USE_CPU"] = "true"
+    command = [sys.executable, "-m", "tests.engine.embed.two_processes", str(folder)]
+    processes = [
+        subprocess.Popen(
+            command, env={**common, "RANK": rank, "LOCAL_RANK": rank}, cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    try:
+        output, errors = processes[0].communicate(timeout=200)
+    finally:
+        for process in processes[::-1]:
+            process.kill()
+            process.communicate()
+    assert processes[0].returncode == 0, errors
+    [line] = [line for line in output.splitlines() if line.startswith("FOUND")]
+    theirs, ours = json.loads(line.removeprefix("FOUND"))
+    assert theirs["model"] == ours["model"] == "DistributedDataParallel"
+    assert ours["weights"] == pytest.approx(theirs["weights"], abs=1e-5)
+    for mine, other in zip(ours["logs"], theirs["logs"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-6)
+    assert theirs["logs"][3]["clip_ratio/region_mean"] > 0.1
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
