@@ -37,9 +37,13 @@ def make_trainer(setting: subject.Setting, bf16: bool) -> Any:
         num_generations=setting.group,
         max_completion_length=setting.response_length,
     )
+
+    def reward(completions: list[str], **columns: Any) -> list[float | None]:
+        return [0.0] * len(completions)
+
     return GRPOTrainer(
         model=subject.make_policy(setting),
-        reward_funcs=lambda completions, **columns: [0.0] * len(completions),
+        reward_funcs=reward,
         args=arguments,
         train_dataset=Dataset.from_dict({"prompt": subject.make_prompts(setting, setting.prompts)}),
         processing_class=copy.deepcopy(subject.make_tokenizer(setting)),
