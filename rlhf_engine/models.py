@@ -96,7 +96,8 @@ class Policy(Protocol):
     def train(self, mode: bool = True) -> object: ...
 
     def save(self, folder: Path) -> None:
-        """Write the weights (safetensors and JSON) so that `load` gives the same bits back."""
+        """Write the weights (safetensors and JSON) into this folder, which is there, so that `load` gives the same bits
+        back."""
         ...
 
     def load(self, folder: Path) -> None:
