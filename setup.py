@@ -56,7 +56,7 @@ setup(
         "rlhf_bench",
     ],
     package_dir={"rlhf_plugins": "plugins", "rlhf_bench": "bench"},
-    package_data={"": ["py.typed"]},
+    package_data={"": ["py.typed"], "rlhf_engine": ["templates/*/[!.]*.*"]},
     install_requires=[
         "torch>=2.9",
         "numpy>=2.0",

@@ -1,4 +1,4 @@
-"""The command line: `rlhf run FILE`, `rlhf plugins [FILE]`, `rlhf bench`, `rlhf plan FILE`."""
+"""The command line: `rlhf run FILE`, `rlhf plugins [doctor] [FILE]`, `rlhf new KIND NAME`, `rlhf bench | plan`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rich.table import Table
 from rlhf_engine.checkpoint import CheckpointNotSaved, DamagedCheckpoint
 from rlhf_engine.config import ConfigError, RunFile, read_run_file
 from rlhf_engine.manager import PluginError, answers, installed, load, winners
+from rlhf_engine.new import Kind, new_package
 from rlhf_engine.plan import (
     Setup,
     check_tables,
@@ -172,6 +173,21 @@ def plan(
             console.print(sweep_table(setup))
     if check is not None:
         console.print(*check_tables(check), sep="\n")
+
+
+@app.command()
+def new(
+    kind: Annotated[Kind, typer.Argument(help="what the plugin is")],
+    name: Annotated[str, typer.Argument(help="the name that run files will use, such as my_reward")],
+    folder: Annotated[Path, typer.Option(help="where the package's folder is put")] = Path("."),
+) -> None:
+    """Write a plugin in a package of its own: a class, its test and a README, ready to install."""
+    package = new_package(kind, name, folder)
+    get_console().print(
+        f"{package}: {', '.join(sorted(file.name for file in package.iterdir()))}\n"
+        f"Now: pip install --editable {package} && python -m pytest {package}",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ WRAPPED_BY = {
 # Top to bottom: a module imports only from its own row or from rows after it.
 ROWS = {
     "rlhf_engine": (
-        *("__main__", "cli", "__init__"),
-        *("plan", "stages", "engine", "run", "manager", "defaults", "rewards"),
+        *("__main__", "cli", "templates", "__init__"),
+        *("plan", "new", "stages", "engine", "run", "manager", "defaults", "rewards"),
         *("hookspecs", "checkpoint", "state", "config", "models", "split"),
         "batch",
     ),
