@@ -7,7 +7,7 @@ import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import get_console
@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from rlhf_engine.checkpoint import CheckpointNotSaved, DamagedCheckpoint
 from rlhf_engine.config import ConfigError, RunFile, read_run_file
-from rlhf_engine.manager import PluginError, answers, installed, load, winners
+from rlhf_engine.doctor import examine, installed_table
+from rlhf_engine.manager import winners
 from rlhf_engine.new import Kind, new_package
 from rlhf_engine.plan import (
     Setup,
@@ -35,7 +37,20 @@ from rlhf_engine.run import Run
 
 __all__ = ["main"]
 
+
+class ShowByDefault(TyperGroup):
+    """`rlhf plugins [FILE]` is `rlhf plugins show [FILE]`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = bool(args) and (args[0] in self.commands or args[0] == "--help")
+        return super().parse_args(ctx, args if named else ["show", *args])
+
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+plugins = typer.Typer(
+    cls=ShowByDefault, help="What is installed, and what a run makes of it. `rlhf plugins [FILE]` shows it."
+)
+app.add_typer(plugins, name="plugins")
 
 
 class BenchMissing(Exception):
@@ -81,28 +96,33 @@ def _keep_traceback(error: Exception, folder: Path) -> None:
         error.add_note(f"The full traceback is in {folder / 'error.txt'}.")
 
 
-@app.command()
-def plugins(
+@plugins.command()
+def show(
     file: Annotated[Path | None, typer.Argument(help="a run file: show who answers each hook in it")] = None,
     set: Set = [],  # noqa: B006
 ) -> None:
     """What is installed and what each plugin answers; with a run file, who won each hook in it."""
     console = get_console()
     if file is None:
-        table = Table("plugin", "from", "answers", title="installed plugins (a run uses only those it names)")
-        for name, entry in sorted(installed().items()):
-            try:
-                hooks = ", ".join(answers(load(name)))
-            except PluginError as error:
-                hooks = f"does not load: {error.__cause__ or error}"
-            origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else ""
-            table.add_row(name, origin, escape(hooks))
+        table = installed_table()
     else:
         loaded = Run(_read(file, set))
         table = Table("hook", "answered by (in this order)", title=escape(str(file)))
         for hook, names in winners(loaded.manager).items():
             table.add_row(hook, escape(", ".join(names)) or "-")
     console.print(table)
+
+
+@plugins.command()
+def doctor(
+    file: Annotated[Path, typer.Argument(help="a run file; nothing in it is run")],
+    set: Set = [],  # noqa: B006
+) -> None:
+    """All that is wrong with a run file's plugins, in one go, and what to do; exit status 1 if anything is."""
+    sys.path.insert(0, str(file.resolve().parent))
+    report = examine(file, set)
+    get_console().print(*report.tables(), sep="\n")
+    raise typer.Exit(1 if report.faults else 0)
 
 
 @app.command()

@@ -34,6 +34,7 @@ __all__ = [
     "conflicts",
     "distribution",
     "faults",
+    "implementations",
     "installed",
     "load",
     "load_plugins",
@@ -200,30 +201,39 @@ def faults(plugin: Any, name: str) -> Iterator[str]:
 
     `name` is what the messages call it.
     """
-    bare = _empty()
-    options = {attribute: bare.parse_hookimpl_opts(plugin, attribute) for attribute in dir(plugin)}
-    answered = {attribute: found.get("specname") or attribute for attribute, found in options.items() if found}
-    for attribute in options:
-        if (
-            attribute.startswith("rlhf_")
-            and attribute not in answered
-            and inspect.isroutine(getattr(plugin, attribute))
-        ):
+    found = list(implementations(plugin, name))
+    marked = {attribute for attribute, _, _ in found}
+    for attribute in dir(plugin):
+        if attribute.startswith("rlhf_") and attribute not in marked and inspect.isroutine(getattr(plugin, attribute)):
             yield f"{name}.{attribute} would never be called: put @hookimpl before it, or rename it"
-    for attribute, hook in answered.items():
-        if hook not in HOOKS:
-            yield f"{name}.{attribute}: there is no such hook.{did_you_mean(hook, HOOKS)} The hooks: {', '.join(HOOKS)}"
-            continue
-        method = getattr(plugin, attribute)
-        try:
-            bare.register(SimpleNamespace(**{attribute: method}))
-        except pluggy.PluginValidationError as error:
-            yield _misspelt_argument(method, hook, name) or f"{name}: {error}"
-    if not answered:
+    yield from (fault for _, _, fault in found if fault)
+    if not found:
         yield (
             f"the plugin {name} answers no hook. Mark its methods with @hookimpl and name them like a hook: "
             f"{', '.join(HOOKS)}"
         )
+
+
+def implementations(plugin: Any, name: str) -> Iterator[tuple[str, str, str]]:
+    """The marked methods of a plugin: attribute, the hook it answers, and what is wrong with it or ""."""
+    bare = _empty()
+    for attribute in dir(plugin):
+        options = bare.parse_hookimpl_opts(plugin, attribute)
+        if options is None:
+            continue
+        hook = options.get("specname") or attribute
+        fault = ""
+        if hook not in HOOKS:
+            fault = (
+                f"{name}.{attribute}: there is no such hook.{did_you_mean(hook, HOOKS)} The hooks: {', '.join(HOOKS)}"
+            )
+        else:
+            method = getattr(plugin, attribute)
+            try:
+                bare.register(SimpleNamespace(**{attribute: method}))
+            except pluggy.PluginValidationError as error:
+                fault = _misspelt_argument(method, hook, name) or f"{name}: {error}"
+        yield attribute, hook, fault
 
 
 def _misspelt_argument(method: Callable[..., Any], hook: str, name: str) -> str:
@@ -283,6 +293,8 @@ def unknown_stage(name: str, found: Iterable[str]) -> str:
 def require(made: pluggy.PluginManager, hooks: Sequence[str], *, by: str) -> None:
     """Refuse if nobody answers one of these hooks, and name the installed plugins that could."""
     for hook in hooks:
+        if hook not in HOOKS:
+            raise PluginError(f"{by} needs {hook}, which is no hook.{did_you_mean(hook, HOOKS)}")
         if not _answering(getattr(made.hook, hook)):
             could = ", ".join(candidates(hook)) or "none that is installed"
             raise PluginError(f"{by} needs an answer to {hook}, and no plugin of this run gives one. Could: {could}")

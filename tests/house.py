@@ -25,7 +25,7 @@ WRAPPED_BY = {
 ROWS = {
     "rlhf_engine": (
         *("__main__", "cli", "templates", "__init__"),
-        *("plan", "new", "stages", "engine", "run", "manager", "defaults", "rewards"),
+        *("plan", "new", "doctor", "stages", "engine", "run", "manager", "defaults", "rewards"),
         *("hookspecs", "checkpoint", "state", "config", "models", "split"),
         "batch",
     ),
