@@ -11,9 +11,11 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from traceback import walk_tb
+from types import SimpleNamespace
 from typing import Any
 
 import pluggy
@@ -22,6 +24,7 @@ from rlhf_engine import hookspecs
 from rlhf_engine.config import ConfigError, RunFile, build, did_you_mean, table_name
 from rlhf_engine.defaults import Defaults
 from rlhf_engine.hookspecs import Stage
+from rlhf_engine.rewards import FunctionReward
 
 __all__ = [
     "PluginError",
@@ -30,7 +33,9 @@ __all__ = [
     "installed",
     "load",
     "load_plugins",
+    "make",
     "manager",
+    "replaced",
     "require",
     "stages",
     "winners",
@@ -61,8 +66,8 @@ def _origin(entry: EntryPoint) -> str:
     return f"{entry.value} ({entry.dist.name} {entry.dist.version})" if entry.dist else entry.value
 
 
-def load(name: str) -> type:
-    """The plugin class of an entry-point name or a "package.module:Class" path."""
+def load(name: str) -> type | FunctionReward:
+    """The plugin class of an entry-point name or a "package.module:Class" path; of a function, the reward it is."""
     if ":" in name:
         module, _, attribute = name.partition(":")
         return _loaded(lambda: getattr(importlib.import_module(module), attribute), f'"{name}"')
@@ -75,14 +80,30 @@ def load(name: str) -> type:
     return _loaded(known[name].load, f'"{name}" ({_origin(known[name])})')
 
 
-def _loaded(find: Callable[[], Any], which: str) -> type:
+def _loaded(find: Callable[[], Any], which: str) -> type | FunctionReward:
     try:
         plugin = find()
+        if inspect.isfunction(plugin):
+            plugin = FunctionReward(plugin)
     except Exception as error:  # whatever a foreign module does while it is imported
         raise PluginError(f"the plugin {which} cannot be loaded: {type(error).__name__}: {error}") from error
-    if not isinstance(plugin, type):
-        raise PluginError(f"the plugin {which} is a {type(plugin).__name__}; it must be a class")
+    if not isinstance(plugin, type | FunctionReward):
+        raise PluginError(f"the plugin {which} is a {type(plugin).__name__}; it must be a class, or a reward function")
     return plugin
+
+
+@dataclass
+class _FunctionOptions:
+    weight: float | None = None
+
+
+def make(name: str, table: dict[str, Any], *, where: str) -> Any:
+    """The plugin of an entry-point name or path, with the options of its table (of a function: `weight`)."""
+    plugin = load(name)
+    if isinstance(plugin, type):
+        return build(plugin, table, where=where)
+    weight = build(_FunctionOptions, table, where=where).weight
+    return plugin if weight is None else plugin.weighted(weight)
 
 
 def load_plugins(file: RunFile) -> dict[str, Any]:
@@ -100,7 +121,7 @@ def load_plugins(file: RunFile) -> dict[str, Any]:
                 f"({', '.join(sorted(tables))}).{did_you_mean(table, tables)}"
             )
     return {
-        name: build(load(name), file.tables.get(table_name(name), {}), where=f"{file.path}: [{table_name(name)}]")
+        name: make(name, file.tables.get(table_name(name), {}), where=f"{file.path}: [{table_name(name)}]")
         for name in names
     }
 
@@ -135,12 +156,13 @@ def manager(plugins: Iterable[Any] | Mapping[str, Any]) -> pluggy.PluginManager:
 
 
 def _name(made: pluggy.PluginManager, plugin: Any) -> str:
-    """The class's name, numbered where a run has several of one class."""
+    """The class's (or reward function's) name, numbered where a run has several of one."""
     if isinstance(plugin, type):
         raise PluginError(f"{plugin.__name__} is a class; give the engine an object: {plugin.__name__}()")
-    name, count = type(plugin).__name__, 2
+    kind = plugin.name if isinstance(plugin, FunctionReward) else type(plugin).__name__
+    name, count = kind, 2
     while made.has_plugin(name):
-        name, count = f"{type(plugin).__name__} {count}", count + 1
+        name, count = f"{kind} {count}", count + 1
     return name
 
 
@@ -237,7 +259,7 @@ def candidates(hook: str) -> list[str]:
     return sorted(found)
 
 
-def answers(plugin: type) -> list[str]:
+def answers(plugin: Any) -> list[str]:
     """The hooks that a plugin class answers, with the way it does."""
     found = []
     for name in vars(hookspecs):
@@ -259,18 +281,35 @@ def winners(made: pluggy.PluginManager) -> dict[str, list[str]]:
     return result
 
 
+def replaced(made: pluggy.PluginManager, hook: str, answers: Mapping[str, Callable[..., Any]]) -> pluggy.HookCaller:
+    """A hook of the run with other implementations: these, by plugin, and its wrappers as they are around them."""
+    other = pluggy.PluginManager(GROUP)
+    other.add_hookspecs(hookspecs)
+    implementations = getattr(made.hook, hook).get_hookimpls()
+    for impl in implementations:
+        answer = impl.function
+        if impl.plugin_name in answers:
+            answer = hookspecs.hookimpl(tryfirst=impl.tryfirst, trylast=impl.trylast)(answers[impl.plugin_name])
+        other.register(SimpleNamespace(**{hook: answer}), name=impl.plugin_name)
+    _watch(other, [impl for impl in implementations if impl.plugin_name not in answers])
+    return getattr(other.hook, hook)
+
+
 # ------------------------------------------------------------------------------------- while the run goes on
 
 
-def _watch(made: pluggy.PluginManager) -> None:
-    """Name the plugin and the hook in whatever goes wrong inside one, and refuse None as the one answer."""
+def _watch(made: pluggy.PluginManager, originals: Sequence[Any] | None = None) -> None:
+    """Name the plugin and the hook in whatever goes wrong inside one, and refuse None as the one answer.
+
+    `originals` are the implementations to be named, if those of `made` only stand for them.
+    """
 
     def before(hook: str, impls: Sequence[Any], arguments: Any) -> None:
         pass
 
     def after(outcome: pluggy.Result[Any], hook: str, impls: Sequence[Any], arguments: Any) -> None:
         if outcome.exception is not None:
-            _name_the_place(outcome.exception, hook, impls)
+            _name_the_place(outcome.exception, hook, impls if originals is None else originals)
             return
         answer = outcome.get_result()
         if isinstance(answer, Iterator):

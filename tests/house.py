@@ -22,8 +22,8 @@ WRAPPED_BY = {
 ROWS = {
     "rlhf_engine": (
         *("__main__", "cli", "__init__"),
-        *("plan", "stages", "engine", "run", "manager", "defaults", "rewards"),
-        *("hookspecs", "checkpoint", "state", "config", "models", "split"),
+        *("plan", "stages", "engine", "run", "worker", "manager", "defaults", "rewards"),
+        *("heads", "hookspecs", "checkpoint", "state", "config", "models", "split"),
         "batch",
     ),
     "rlhf_kernels": (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from rlhf_engine.batch import Batch, Prompt, Rollout, Scored
 from rlhf_engine.checkpoint import folder_hash, load_rng, rng_state
+from rlhf_engine.config import build
 from rlhf_engine.engine import Engine, combine, needs, refuse_single_samples
 from rlhf_engine.hookspecs import Stage, hookimpl
 from rlhf_engine.models import Models
+from rlhf_engine.rewards import NothingJudged, RewardOptions, Rewards
 from rlhf_engine.run import Run, log
 from rlhf_engine.stages.pretrain import save_result
 from rlhf_engine.stages.resumable import Resumable, linear_to_zero
@@ -23,6 +25,8 @@ from rlhf_kernels import kl_estimate, masked_mean
 __all__ = ["RL"]
 
 ROUNDING = 1e-4  # nats per token
+LOST_IN_A_ROW = 3
+FAILURES = "failures.jsonl"
 
 
 @dataclass(eq=False)
@@ -55,6 +59,13 @@ class RL:
     """held-out prompts that the policy answers before and after"""
     checkpoint_every: PositiveInt = 50
     """optimizer steps between checkpoints, which may fall inside a cycle"""
+    rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """[rl.rewards.NAME] tables, by reward plugin: what happens when it fails (the fields of RewardOptions)"""
+
+    def __post_init__(self) -> None:
+        self.reward_options = {
+            name: build(RewardOptions, table, where=f"[rl.rewards.{name}]") for name, table in self.rewards.items()
+        }
 
     @hookimpl
     def rlhf_stages(self) -> dict[str, Stage]:
@@ -70,10 +81,18 @@ class RL:
 
     @hookimpl
     def rlhf_run_started(self, run: Run) -> None:
-        refuse_single_samples(run.manager, self.samples_per_prompt)  # now, and not after the stages before this one
+        # Now, and not after the stages before this one.
+        refuse_single_samples(run.manager, self.samples_per_prompt)
+        Rewards(run.hook.rlhf_reward, self.reward_options)
 
     def work(self, run: Run) -> Path:
         engine = self._engine(run)
+        try:
+            return self._learn(run, engine)
+        finally:
+            engine.close()
+
+    def _learn(self, run: Run, engine: Engine) -> Path:
         prompts, heldout = self._prompts(run, engine.models)
         state = self._state(run, engine)
         at, optimizer = state.position, state.optimizer
@@ -82,12 +101,8 @@ class RL:
             at["before"] = evaluate(engine, heldout, seed=run.seed)
 
         while at["step"] < self.steps:
-            if state.batch is None:
-                asked = self._next_prompts(prompts, at, run.seed)
-                rollout = engine.generate(asked)
-                state.batch = engine.experience(rollout[torch.randperm(len(rollout))], asked)
-                at.update(order=self._order(len(state.batch)), update=0, metrics=[])
-                state.tick()
+            if state.batch is None and not self._experience(run, engine, prompts, state):
+                continue
             linear_to_zero(optimizer, at["step"], self.steps)
             while at["update"] < len(at["order"]):
                 minibatch = state.batch[at["order"][at["update"]]]
@@ -99,12 +114,43 @@ class RL:
             state.batch = None
 
         run.say(f"rl: the trained policy answers the same {len(heldout)} prompts")
+        engine.rewards.journal.step = None
         results = {"before": at["before"], "after": evaluate(engine, heldout, seed=run.seed)}
+        results |= {"rewards": engine.rewards.summary(), "lost_cycles": at["lost"]}
+        say_failures(run, engine)
         models = engine.models
         return state.finish(lambda folder: save_result(folder, models.policy, models.tokenizer, results))
 
+    def _experience(self, run: Run, engine: Engine, prompts: list[Prompt], state: Resumable) -> bool:
+        """Make the experience of a cycle. If no sample was judged it is lost, and the next prompts are asked instead.
+
+        Raises NothingJudged for one lost cycle too many in a row.
+        """
+        at = state.position
+        engine.rewards.journal.step = at["step"] + 1
+        asked = self._next_prompts(prompts, at, run.seed)
+        rollout = engine.generate(asked)
+        try:
+            batch = engine.experience(rollout[torch.randperm(len(rollout))], asked)
+        except NothingJudged as error:
+            at.update(lost=at["lost"] + 1, lost_in_a_row=at["lost_in_a_row"] + 1)
+            if at["lost_in_a_row"] > LOST_IN_A_ROW:
+                error.add_note(
+                    f"This was cycle {at['lost_in_a_row']} in a row without a judged sample; more than {LOST_IN_A_ROW} "
+                    f"stop the run. {run.folder / FAILURES} says why, if a reward failed. Mend that, then run the same "
+                    "command again: it goes on from its last checkpoint."
+                )
+                raise
+            run.say(f"rl: a cycle for step {at['step'] + 1} is lost, and begun again with the next prompts: {error}")
+            state.tick()
+            return False
+        state.batch = batch
+        at.update(order=self._order(len(batch)), update=0, metrics=[], lost_in_a_row=0)
+        state.tick()
+        return True
+
     def _engine(self, run: Run) -> Engine:
-        return Engine(
+        engine = Engine(
             run.manager,
             run.hook.rlhf_models(run=run, stage="rl", needs=needs(run.manager)),
             temperature=self.temperature,
@@ -112,13 +158,16 @@ class RL:
             samples_per_prompt=self.samples_per_prompt,
             rows_per_forward=self.rows_per_forward or self.minibatch_size,
             missing_end_score=self.missing_end_score,
+            reward_options=self.reward_options,
         )
+        engine.rewards.journal.file = run.folder / FAILURES
+        return engine
 
     def _state(self, run: Run, engine: Engine) -> Resumable:
         optimizer = run.hook.rlhf_optimizer(
             parameters=engine.parameters(), learning_rate=self.learning_rate, stage="rl"
         )
-        trained: dict[str, Any] = {"policy": engine.models.policy}
+        trained: dict[str, Any] = {"policy": engine.models.policy, "rewards": engine.rewards}
         if "values" in engine.needs and engine.models.critic is not None:
             trained["critic"] = engine.models.critic
         reference = run.result("pretrain")
@@ -127,7 +176,16 @@ class RL:
             "rl",
             models=trained,
             optimizer=optimizer,
-            position={"step": 0, "cursor": 0, "update": 0, "order": [], "metrics": [], "before": None},
+            position={
+                "step": 0,
+                "cursor": 0,
+                "update": 0,
+                "order": [],
+                "metrics": [],
+                "before": None,
+                "lost": 0,
+                "lost_in_a_row": 0,
+            },
             every=self.checkpoint_every,
             built_from=folder_hash(reference) if reference else "",
         )
@@ -179,13 +237,22 @@ def refuse_unanswerable(models: Models, prompts: list[Prompt], response_length: 
             )
 
 
+def say_failures(run: Run, engine: Engine) -> None:
+    """Tell of every reward that did not judge everything."""
+    for name, counts in engine.rewards.summary().items():
+        told = ", ".join(f"{what.replace('_', ' ')} {number}" for what, number in counts.items() if number)
+        run.say(f"rl: the reward {name}: {told}")
+    if (run.folder / FAILURES).exists():
+        run.say(f"rl: every failure of a reward stands in {run.folder / FAILURES}")
+
+
 @torch.no_grad()
 def evaluate(engine: Engine, prompts: list[Prompt], *, seed: int) -> dict[str, Any]:
     """Answer prompts, and say how the rewards judge the answers. Leaves the run's random numbers as they were."""
     before = rng_state()
     torch.manual_seed(seed)
     rollout = engine.generate(prompts, samples_per_prompt=1)
-    scored = engine.score(rollout, prompts)
+    scored = engine.score(rollout, prompts, normalize=False)  # in units that stay the same
     load_rng(before)
 
     def judged(values: Tensor, weight: float) -> dict[str, float]:
@@ -238,6 +305,7 @@ def step_metrics(engine: Engine, batch: Batch, updates: list[dict[str, float]]) 
     warn_if_off_policy(sampler, ROUNDING, "the sampler")
     return {
         **rollout_metrics(batch),
+        **engine.rewards.step_metrics(),
         **combine([(1, update) for update in updates]),
         "first_approx_kl": first,
         "sampler_kl": sampler,
