@@ -195,9 +195,9 @@ class Judge:
             about = f"when it was asked about {len(rows)} samples; alone it fails on "
             about += "none of them" if row is None else samples.describe(row)
         return (
-            f"The reward plugin {self.name} failed in rlhf_reward{self._line(error)} {about}. Mend it, or let it abstain "
-            f'where it fails: [rl.rewards.{self.name}] on_failure = "abstain" in a run file, or Engine(reward_options='
-            f'{{"{self.name}": RewardOptions(on_failure="abstain")}})'
+            f"The reward plugin {self.name} failed in rlhf_reward{self._line(error)} {about}. Mend it, or let it "
+            f'abstain where it fails: [rl.rewards.{self.name}] on_failure = "abstain" in a run file, or '
+            f'Engine(reward_options={{"{self.name}": RewardOptions(on_failure="abstain")}})'
         )
 
     def _line(self, error: Exception) -> str:

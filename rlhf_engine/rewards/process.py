@@ -83,7 +83,7 @@ class Workers:
         for worker in self.workers:
             worker.wait_until_ready()
 
-    def ask(self, texts: Sequence[str], prompts: Sequence[Prompt], seconds: float | None) -> Reward | None:
+    def ask(self, texts: list[str], prompts: list[Prompt], seconds: float | None) -> Reward | None:
         worker = self.free.get()
         try:
             return worker.ask(texts, prompts, seconds)
@@ -124,7 +124,7 @@ class _Worker:
         os.close(asked)
         os.close(answering)
         self.buffer, self.ready = b"", False
-        self._send(self.recipe, monotonic() + START)
+        self._send(_line(self.recipe), monotonic() + START)
 
     def wait_until_ready(self) -> None:
         if self.ready:
@@ -139,12 +139,13 @@ class _Worker:
             raise ConfigError(f"the process of the reward {self.recipe['name']} did not start: {loaded['error']}")
         self.ready = True
 
-    def ask(self, texts: Sequence[str], prompts: Sequence[Prompt], seconds: float | None) -> Reward | None:
+    def ask(self, texts: list[str], prompts: list[Prompt], seconds: float | None) -> Reward | None:
         self.start()
         self.wait_until_ready()
+        question = _line({"texts": texts, "prompts": [dataclasses.asdict(prompt) for prompt in prompts]})
         deadline = None if seconds is None else monotonic() + seconds
         try:
-            self._send({"texts": list(texts), "prompts": [dataclasses.asdict(p) for p in prompts]}, deadline)
+            self._send(question, deadline)
             answer = self._receive(deadline)
         except RewardTimeout:
             self.kill()
@@ -160,11 +161,7 @@ class _Worker:
             return None
         return Reward(name=answer["name"], values=torch.tensor(answer["values"]), weight=answer["weight"])
 
-    def _send(self, message: dict[str, Any], deadline: float | None) -> None:
-        try:
-            line = json.dumps(message).encode("ascii") + b"\n"
-        except TypeError as error:
-            raise RewardError(f"only plain data goes to a process: {error} (a prompt's reference?)") from None
+    def _send(self, line: bytes, deadline: float | None) -> None:
         while line:
             if not select.select([], [self.questions], [], _left(deadline))[1]:
                 raise RewardTimeout("it took no question in time")
@@ -201,6 +198,13 @@ class _Worker:
         os.close(self.questions)
         os.close(self.answers)
         self.ready = False
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(message).encode("ascii") + b"\n"
+    except TypeError as error:
+        raise RewardError(f"only plain data goes to a process: {error} (a prompt's reference?)") from None
 
 
 def _left(deadline: float | None) -> float | None:

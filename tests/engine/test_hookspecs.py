@@ -72,7 +72,7 @@ def test_a_run_that_is_interrupted_and_resumed_calls_every_hook(
 
     class AroundRewards:  # the engine asks these one by one, inside their wrappers
         @hookimpl(wrapper=True)
-        def rlhf_reward(self) -> Generator[None]:
+        def rlhf_reward(self) -> Generator[None, Any, Any]:
             called.add("rlhf_reward")
             return (yield)
 
