@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf_engine.checkpoint import CheckpointNotSaved, DamagedCheckpoint
-from rlhf_engine.config import ConfigError, read_run_file
+from rlhf_engine.config import ConfigError, RunFile, read_run_file
 from rlhf_engine.manager import PluginError, answers, installed, load, winners
 from rlhf_engine.plan import (
     Setup,
@@ -50,7 +50,7 @@ Set = Annotated[list[str], typer.Option("--set", help="override a key: table.key
 @app.command()
 def run(file: Path, set: Set = []) -> None:  # noqa: B006 (typer reads the option's name and default here)
     """Do what a run file says. The same command again goes on where a stopped run was."""
-    parsed = read_run_file(file, set)
+    parsed = _read(file, set)
     folder = Path(parsed.options.folder)
     try:
         Run(parsed).execute()
@@ -59,6 +59,12 @@ def run(file: Path, set: Set = []) -> None:  # noqa: B006 (typer reads the optio
             _keep_traceback(error, folder)
         raise
     (folder / "error.txt").unlink(missing_ok=True)
+
+
+def _read(file: Path, overrides: list[str]) -> RunFile:
+    """The run file. Modules that it names by path are looked for beside it first, then in the current folder."""
+    sys.path.insert(0, str(file.resolve().parent))
+    return read_run_file(file, overrides)
 
 
 def _keep_traceback(error: Exception, folder: Path) -> None:
@@ -91,7 +97,7 @@ def plugins(
             origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else ""
             table.add_row(name, origin, escape(hooks))
     else:
-        loaded = Run(read_run_file(file, set))
+        loaded = Run(_read(file, set))
         table = Table("hook", "answered by (in this order)", title=escape(str(file)))
         for hook, names in winners(loaded.manager).items():
             table.add_row(hook, escape(", ".join(names)) or "-")
@@ -155,7 +161,7 @@ def plan(
         raise ConfigError("--gpu cpu: there is one such machine here, so neither --count nor --sweep goes with it")
     console = get_console()
     if file is not None:
-        parsed = read_run_file(file, set)
+        parsed = _read(file, set)
         setup = Setup(
             job=job_of(parsed).resized(batch=batch, tokens=tokens, prompt_tokens=prompt_tokens),
             model=find_architecture(model) if model else model_of(parsed), machine=find_machine(gpu), count=count,

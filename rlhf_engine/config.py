@@ -21,15 +21,23 @@ import json
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import PydanticCustomError
 
 __all__ = ["ConfigError", "RunFile", "RunOptions", "build", "did_you_mean", "read_run_file", "table_name"]
 
 
 class ConfigError(Exception):
     """The run file, or what it names, cannot be used as it stands. Raised before any work starts."""
+
+
+def _once(names: list[str]) -> list[str]:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PydanticCustomError("twice", '"{name}" stands here twice; name it once', {"name": twice[0]})
+    return names
 
 
 class RunOptions(BaseModel):
@@ -39,9 +47,9 @@ class RunOptions(BaseModel):
 
     folder: str = Field(min_length=1)
     """where everything that the run makes goes; the same command again resumes what stands there"""
-    stages: list[str] = Field(min_length=1)
+    stages: Annotated[list[str], Field(min_length=1), AfterValidator(_once)]
     """in the order in which they run"""
-    plugins: list[str] = []
+    plugins: Annotated[list[str], AfterValidator(_once)] = []
     """entry-point names, or "package.module:Class" for one that is not installed as an entry point"""
     seed: int = Field(default=0, ge=0)
     threads: int = Field(default=0, ge=0)

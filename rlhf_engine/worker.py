@@ -20,7 +20,7 @@ import pluggy
 import torch
 
 from rlhf_engine.batch import Prompt
-from rlhf_engine.manager import make, manager
+from rlhf_engine.manager import load, make, manager
 from rlhf_engine.rewards.check import checked
 
 __all__ = ["main"]
@@ -47,7 +47,7 @@ def main() -> None:
 
     def begin() -> dict[str, Any]:
         nonlocal implementation
-        plugin = make(recipe["path"], recipe["options"], where=recipe["name"])
+        plugin = make(load(recipe["path"]), recipe["options"], where=recipe["name"])
         (implementation,) = manager([plugin]).hook.rlhf_reward.get_hookimpls()
         return {}
 

@@ -16,6 +16,9 @@ WRAPPED_BY = {
     "triton": ("rlhf_kernels/_triton/",),
     "transformers": ("plugins/hf/",),
     "tokenizers": ("plugins/hf/",),
+    "tensorboard": ("plugins/tensorboard/",),
+    "torch.utils.tensorboard": ("plugins/tensorboard/",),
+    "trackio": ("plugins/trackio/",),
 }
 
 # Top to bottom: a module imports only from its own row or from rows after it.

@@ -105,4 +105,4 @@ def model_of(file: RunFile) -> Architecture:
 
 def _built(file: RunFile, name: str) -> Any:
     table = table_name(name)
-    return make(name, file.tables.get(table, {}), where=f"{file.path}: [{table}]")
+    return make(load(name), file.tables.get(table, {}), where=f"{file.path}: [{table}]")

@@ -99,6 +99,23 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
     assert "my_reward:Mine" in done.stdout
 
 
+def test_modules_are_looked_for_beside_the_run_file_first(
+    rlhf: Rlhf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the command is given; then in the current folder."""
+    for folder, module, weight in (("runs", "beside", 1), ("here", "beside", 2), ("here", "around", 3)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"{module}_the_run.py").write_text(
+            f"from rlhf_engine import hookimpl\nclass Mine{weight}:\n    @hookimpl\n    def rlhf_reward(self): ...\n"
+        )
+    plugins = ["tests.toys:World", "grpo", "beside_the_run:Mine1", "around_the_run:Mine3"]
+    path = run_file(tmp_path / "runs", run={"stages": ["rl"], "plugins": plugins})
+    monkeypatch.chdir(tmp_path / "here")
+    status, out, err = rlhf("plugins", Path("..") / "runs" / path.name)
+    assert (status, err) == (0, "")
+    assert "around_the_run:Mine3, beside_the_run:Mine1" in out
+
+
 def test_it_says_how_to_use_it(rlhf: Rlhf) -> None:
     status, out, _ = rlhf("--help")
     assert status == 0
