@@ -1,6 +1,6 @@
 """The steps of RLHF as methods: the stages are written with them, and so can be any loop of yours.
 
-engine = Engine(plugins=[GRPO(), Brevity()], models=models)
+engine = Engine(plugins=[GRPO()], rewards=[brevity], models=models)     # a function, or a plugin
 rollout = engine.generate(prompts)                  # sample
 batch = engine.experience(rollout, prompts)         # score -> token rewards -> advantages
 for minibatch in batch.split(8):

@@ -48,7 +48,7 @@ def _fault(heads: Any, positions: tuple[int, ...]) -> str:
     if heads.logits is None:
         hidden, weight, bias = heads.hidden, heads.weight, heads.bias
         assert hidden is not None and weight is not None
-        if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
             return f"Heads with hidden as {described(hidden)} and weight as {described(weight)}"
         if bias is not None and bias.shape != weight.shape[:1]:
             return f"Heads with weight as {described(weight)} and bias as {described(bias)}"
