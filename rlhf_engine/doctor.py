@@ -21,7 +21,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_engine.config import ConfigError, RunFile, RunOptions, build, nearest, read_tables, table_name, validate
+from rlhf_engine.config import ConfigError, RunFile, RunOptions, nearest, read_tables, table_name, validate
 from rlhf_engine.engine import needs, refuse_single_samples
 from rlhf_engine.hookspecs import Stage
 from rlhf_engine.manager import (
@@ -34,6 +34,7 @@ from rlhf_engine.manager import (
     implementations,
     installed,
     load,
+    make,
     register,
     require,
     stages,
@@ -186,7 +187,7 @@ def _look_at(report: Report, file: RunFile, one: Named) -> Named:
         return one
     where = f"{file.path}: [{table_name(one.name)}]"
     try:
-        one.plugin = build(plugin, file.tables.get(table_name(one.name), {}), where=where)
+        one.plugin = make(plugin, file.tables.get(table_name(one.name), {}), where=where)
     except ConfigError as error:
         report.faults.append(str(error))
     except BROKEN as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points, packages_distributions
 from importlib.metadata import distribution as package
@@ -26,6 +27,7 @@ from rlhf_engine import hookspecs
 from rlhf_engine.config import ConfigError, RunFile, build, did_you_mean, table_name
 from rlhf_engine.defaults import Defaults
 from rlhf_engine.hookspecs import Stage
+from rlhf_engine.rewards import FunctionReward
 
 __all__ = [
     "PluginError",
@@ -38,8 +40,10 @@ __all__ = [
     "installed",
     "load",
     "load_plugins",
+    "make",
     "manager",
     "register",
+    "replaced",
     "require",
     "stages",
     "unknown_stage",
@@ -94,8 +98,8 @@ def _packages_by_module() -> Mapping[str, list[str]]:
     return packages_distributions()
 
 
-def load(name: str) -> type:
-    """The plugin class of an entry-point name or a "package.module:Class" path."""
+def load(name: str) -> type | FunctionReward:
+    """The plugin class of an entry-point name or a "package.module:Class" path; of a function, the reward it is."""
     if ":" in name:
         module, _, attribute = name.partition(":")
         return _loaded(lambda: getattr(importlib.import_module(module), attribute), f'"{name}"')
@@ -108,14 +112,29 @@ def load(name: str) -> type:
     return _loaded(known[name].load, f'"{name}" ({_origin(known[name])})')
 
 
-def _loaded(find: Callable[[], Any], which: str) -> type:
+def _loaded(find: Callable[[], Any], which: str) -> type | FunctionReward:
     try:
         plugin = find()
+        if inspect.isfunction(plugin):
+            plugin = FunctionReward(plugin)
     except (Exception, SystemExit) as error:  # whatever a foreign module does while it is imported
         raise PluginError(f"the plugin {which} cannot be loaded: {type(error).__name__}: {error}") from error
-    if not isinstance(plugin, type):
-        raise PluginError(f"the plugin {which} is a {type(plugin).__name__}; it must be a class")
+    if not isinstance(plugin, type | FunctionReward):
+        raise PluginError(f"the plugin {which} is a {type(plugin).__name__}; it must be a class, or a reward function")
     return plugin
+
+
+@dataclass
+class _FunctionOptions:
+    weight: float | None = None
+
+
+def make(plugin: type | FunctionReward, table: dict[str, Any], *, where: str) -> Any:
+    """A plugin with the options of its table (of a reward function: `weight`)."""
+    if isinstance(plugin, type):
+        return build(plugin, table, where=where)
+    weight = build(_FunctionOptions, table, where=where).weight
+    return plugin if weight is None else plugin.weighted(weight)
 
 
 def load_plugins(file: RunFile) -> dict[str, Any]:
@@ -128,7 +147,7 @@ def load_plugins(file: RunFile) -> dict[str, Any]:
     for fault in unused_tables(file, known):
         raise ConfigError(fault)
     return {
-        name: build(plugin, file.tables.get(table_name(name), {}), where=f"{file.path}: [{table_name(name)}]")
+        name: make(plugin, file.tables.get(table_name(name), {}), where=f"{file.path}: [{table_name(name)}]")
         for name, plugin in plugins.items()
     }
 
@@ -187,12 +206,13 @@ def _empty() -> pluggy.PluginManager:
 
 
 def _name(taken: Mapping[str, Any], plugin: Any) -> str:
-    """The class's name, numbered where a run has several of one class."""
+    """The class's (or reward function's) name, numbered where a run has several of one."""
     if isinstance(plugin, type):
         raise PluginError(f"{plugin.__name__} is a class; give the engine an object: {plugin.__name__}()")
-    name, count = type(plugin).__name__, 2
+    kind = plugin.name if isinstance(plugin, FunctionReward) else type(plugin).__name__
+    name, count = kind, 2
     while name in taken:
-        name, count = f"{type(plugin).__name__} {count}", count + 1
+        name, count = f"{kind} {count}", count + 1
     return name
 
 
@@ -317,7 +337,7 @@ def candidates(hook: str) -> list[str]:
     return sorted(found)
 
 
-def answers(plugin: type) -> list[str]:
+def answers(plugin: Any) -> list[str]:
     """The hooks that a plugin class answers, with the way it does."""
     found = []
     for name in HOOKS:
@@ -339,18 +359,35 @@ def winners(made: pluggy.PluginManager) -> dict[str, list[str]]:
     return result
 
 
+def replaced(made: pluggy.PluginManager, hook: str, answers: Mapping[str, Callable[..., Any]]) -> pluggy.HookCaller:
+    """A hook of the run with other implementations: these, by plugin, and its wrappers as they are around them."""
+    other = pluggy.PluginManager(GROUP)
+    other.add_hookspecs(hookspecs)
+    implementations = getattr(made.hook, hook).get_hookimpls()
+    for impl in implementations:
+        answer = impl.function
+        if impl.plugin_name in answers:
+            answer = hookspecs.hookimpl(tryfirst=impl.tryfirst, trylast=impl.trylast)(answers[impl.plugin_name])
+        other.register(SimpleNamespace(**{hook: answer}), name=impl.plugin_name)
+    _watch(other, [impl for impl in implementations if impl.plugin_name not in answers])
+    return getattr(other.hook, hook)
+
+
 # ------------------------------------------------------------------------------------- while the run goes on
 
 
-def _watch(made: pluggy.PluginManager) -> None:
-    """Name the plugin and the hook in whatever goes wrong inside one, and refuse None as the one answer."""
+def _watch(made: pluggy.PluginManager, originals: Sequence[Any] | None = None) -> None:
+    """Name the plugin and the hook in whatever goes wrong inside one, and refuse None as the one answer.
+
+    `originals` are the implementations to be named, if those of `made` only stand for them.
+    """
 
     def before(hook: str, impls: Sequence[Any], arguments: Any) -> None:
         pass
 
     def after(outcome: pluggy.Result[Any], hook: str, impls: Sequence[Any], arguments: Any) -> None:
         if outcome.exception is not None:
-            _name_the_place(outcome.exception, hook, impls)
+            _name_the_place(outcome.exception, hook, impls if originals is None else originals)
             return
         answer = outcome.get_result()
         if isinstance(answer, Iterator):

@@ -25,8 +25,8 @@ WRAPPED_BY = {
 ROWS = {
     "rlhf_engine": (
         *("__main__", "cli", "templates", "__init__"),
-        *("plan", "new", "doctor", "stages", "engine", "run", "manager", "defaults", "rewards"),
-        *("hookspecs", "checkpoint", "state", "config", "models", "split"),
+        *("plan", "new", "doctor", "stages", "engine", "run", "worker", "manager", "defaults", "rewards"),
+        *("heads", "hookspecs", "checkpoint", "state", "config", "models", "split"),
         "batch",
     ),
     "rlhf_kernels": (

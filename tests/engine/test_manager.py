@@ -77,7 +77,8 @@ def test_a_name_that_is_not_installed_is_refused_with_the_nearest_one() -> None:
     [
         ("no_such_module:Reward", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("tests.toys:Contu", "AttributeError: module 'tests.toys' has no attribute 'Contu'"),
-        ("tests.toys:written", "is a function; it must be a class"),
+        ("tests.toys:written", "the reward function written asks for 'responses'"),
+        ("tests.toys:LETTERS", "is a str; it must be a class, or a reward function"),
         ("tests.engine.broken_plugin:Anything", "No module named 'tests.engine.broken_plugin'"),
     ],
 )
