@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 READY := .venv/.ready
-BENCH_READY := .venv/.ready-bench
+TEST_READY := .venv/.ready-test
 RATINGS := data/vaderSentiment-3.3.2.tar.gz
 
 .DEFAULT_GOAL := help
@@ -18,10 +18,10 @@ help:  ## list the targets
 demo: $(READY) $(RATINGS)  ## pretrain, learn a reward from human ratings, run PPO, report (about 10 minutes)
 	@$(BIN)/rlhf run examples/movies.toml
 
-test: $(READY) $(RATINGS)  ## run the test suite
+test: $(RATINGS) $(TEST_READY)  ## run the test suite
 	@$(BIN)/python -m pytest
 
-bench: $(READY) $(RATINGS) $(BENCH_READY)  ## time operations and training steps beside their rivals; a report with pictures (9 minutes)
+bench: $(TEST_READY)  ## time operations and training steps beside their rivals; a report with pictures (9 minutes)
 	@$(BIN)/rlhf bench --quick --minutes 9
 
 lint: $(READY) $(RATINGS)  ## check style, format and types
@@ -52,7 +52,7 @@ $(RATINGS): | $(READY)
 	@$(PIP) download --no-deps --no-build-isolation --no-binary vaderSentiment --dest data vaderSentiment==3.3.2
 	@test -f $@ || { echo "The download left no $@ but: $$(ls data). Fetch vaderSentiment 3.3.2 anew."; exit 1; }
 
-$(BENCH_READY): bench/requirements.lock $(READY)
-	@echo "set-up: TRL and Liger, to measure against (half a minute)"
-	@$(PIP) install --requirement requirements.lock --requirement bench/requirements.lock
+$(TEST_READY): requirements-test.lock $(READY)
+	@echo "set-up: the trainers, trackers and libraries that we are tested with (a minute)"
+	@$(PIP) install --requirement requirements.lock --requirement requirements-test.lock
 	@touch $@

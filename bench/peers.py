@@ -24,7 +24,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from .subject import Setting, letter_share, make_preferences
+from .subject import Setting, letter_share, make_blocks, make_preferences
 
 STEPS = 10_000  # more than any bench asks for: the trainers want to know the length of their schedule
 
@@ -125,6 +125,23 @@ def _dataset(rows: dict[str, Any]) -> Any:
     return Dataset.from_dict(rows)
 
 
+def hf_pretrain(model: PreTrainedModel, setting: Setting) -> HeldTrainer:
+    """transformers' own Trainer at its defaults: a step is 32 blocks of 128 tokens, the model's own loss."""
+    try:
+        import accelerate  # noqa: F401 (the Trainer says so only when it is made)
+        from transformers import Trainer, TrainingArguments
+    except ImportError as error:
+        raise ImportError("this rival, transformers' Trainer, needs accelerate: pip install accelerate") from error
+    arguments = TrainingArguments(
+        **{name: value for name, value in _common(tempfile.mkdtemp()).items() if name != "bf16"},
+        per_device_train_batch_size=setting.batch,
+        max_steps=STEPS,
+    )
+    blocks = make_blocks(setting, 64 * setting.batch)
+    rows = [{"input_ids": row, "labels": row} for row in blocks]
+    return HeldTrainer(Trainer(model=copy.deepcopy(model), args=arguments, train_dataset=rows))
+
+
 def trl_grpo(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -210,6 +227,23 @@ def trl_reward(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, setti
         processing_class=copy.deepcopy(tokenizer),
     )
     return HeldTrainer(trainer)
+
+
+def minimal_pretrain(model: PreTrainedModel, setting: Setting) -> Callable[[], None]:
+    """The floor: the same step in plain PyTorch."""
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    batches = itertools.cycle(make_blocks(setting, 64 * setting.batch).split(setting.batch))
+
+    def step() -> None:
+        tokens = next(batches)
+        logits = model(input_ids=tokens[:, :-1]).logits
+        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def minimal_grpo(

@@ -5,7 +5,7 @@ import html
 import sys
 from pathlib import Path
 
-from . import command, plots, tables
+from . import plots, request, tables
 from .record import Record, Results
 
 STYLE = """
@@ -40,9 +40,8 @@ def write(results: Results, folder: Path) -> list[Path]:
 def _sweeps(results: Results) -> dict[str, dict[str, dict[int, tuple[int, ...]]]]:
     found = {}
     for operation in tables.grouped(results.records):
-        bench = command.load(operation) if operation in command.operations() and operation != "step" else None
-        if bench:
-            found[operation] = {axis: dict(sizes) for axis, sizes in bench.sweeps.items()}
+        if operation in request.operations() and operation != "step":
+            found[operation] = {axis: dict(sizes) for axis, sizes in request.load(operation).sweeps.items()}
     return found
 
 

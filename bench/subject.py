@@ -32,6 +32,8 @@ class Setting:
     group: int = 4
     prompt_length: int = 16
     response_length: int = 32
+    block_length: int = 128
+    """of the texts in pretraining"""
 
     @property
     def batch(self) -> int:
@@ -58,6 +60,12 @@ def make_tokenizer(setting: Setting) -> PreTrainedTokenizerFast:
 def make_prompts(setting: Setting, count: int, seed: int = 0) -> list[str]:
     """`count` random prompts of `prompt_length` tokens each: no padding for anyone."""
     return _texts(setting, count, setting.prompt_length, seed)
+
+
+def make_blocks(setting: Setting, count: int, seed: int = 0) -> torch.Tensor:
+    """Random tokens to pretrain on, `[count, block_length]`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, setting.vocabulary, (count, setting.block_length), generator=generator)
 
 
 def make_preferences(setting: Setting, count: int, seed: int = 0) -> dict[str, list[str]]:

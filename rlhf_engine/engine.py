@@ -189,8 +189,10 @@ class Engine:
         ask = self.hook.rlhf_token_rewards
         return scored.extend(Rewarded, rewards=_per_token(ask(scored=scored), scored, ask))
 
-    def advantages(self, rewarded: Rewarded) -> Batch:
-        """The algorithm's advantages, and the critic's targets."""
+    def advantages(self, rewarded: Scored) -> Batch:
+        """The algorithm's advantages, and the critic's targets; of what `score` gave, its token rewards come first."""
+        if not isinstance(rewarded, Rewarded):
+            rewarded = self.token_rewards(rewarded)
         ask = self.hook.rlhf_advantages
         advantages, returns = (_per_token(part, rewarded, ask) for part in ask(rewarded=rewarded))
         return rewarded.extend(Batch, advantages=advantages, returns=returns)

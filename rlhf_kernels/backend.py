@@ -17,7 +17,7 @@ import importlib.util
 import os
 import pkgutil
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -32,6 +32,9 @@ _KERNELS = frozenset(path.stem for path in (Path(__file__).parent / "_triton").g
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 _mode: str | None = None
+
+# In what other programs' trainers these operations stand at present: a key of its own for each.
+_embedded: dict[object, str] = {}
 
 
 def mode() -> str:
@@ -123,6 +126,17 @@ def _refuse_without_triton(asked: str) -> None:
         raise RuntimeError(f"{asked}, but {problem}; or use RLHF_KERNELS=auto or RLHF_KERNELS=torch.")
 
 
+def embedded_in(what: str) -> Callable[[], None]:
+    """Have `report()` say that these operations now serve inside `what`. Returns the function that takes it back."""
+    key = object()
+    _embedded[key] = what
+
+    def take_back() -> None:
+        _embedded.pop(key, None)
+
+    return take_back
+
+
 def operations() -> list[str]:
     """The names of the operations: the public files of `rlhf_kernels/ops`, none of them imported."""
     folder = str(Path(__file__).parent / "ops")
@@ -131,16 +145,20 @@ def operations() -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What runs here and why. `operations` maps each operation to (path, reason). `str(report)` is the table."""
+    """What runs here and why. `operations` maps each operation to (path, reason); `embedded` says which trainers of
+    other programs in this process they serve in. `str(report)` is the table."""
 
     versions: dict[str, str]
     device: str
     mode: str
+    embedded: tuple[str, ...]
     operations: dict[str, tuple[str, str]]
 
     def __str__(self) -> str:
         lines = [f"{name:<14}{version}" for name, version in self.versions.items()]
-        lines += [f"{'device':<14}{self.device}", f"{'mode':<14}{self.mode}", ""]
+        lines += [f"{'device':<14}{self.device}", f"{'mode':<14}{self.mode}"]
+        lines += [f"{'embedded in':<14}{where}" for where in self.embedded or ("nothing in this process",)]
+        lines.append("")
         width = max(map(len, self.operations), default=0) + 2
         lines += [f"{name:<{width}}{path:<8}{why}" for name, (path, why) in self.operations.items()]
         return "\n".join(lines)
@@ -154,6 +172,7 @@ def report() -> Report:
         versions=versions,
         device=_device(),
         mode=mode(),
+        embedded=tuple(_embedded.values()),
         operations={name: _what_runs(name) for name in operations()},
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -46,6 +47,18 @@ def test_own_loop_as_a_command(folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("mean reward") == 5
+
+
+@pytest.mark.parametrize("name", ["trainer_loop", "accelerate_loop"])
+def test_the_engine_in_a_trainer_of_others_is_short_and_learns(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate", reason="both loops need accelerate")
+    assert len((EXAMPLES / f"{name}.py").read_text("utf-8").splitlines()) <= 60
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    means = importlib.import_module(name).main(str(folder), steps=30, learning_rate=1e-2)
+    assert len(means) == 30
+    assert sum(means[-5:]) > sum(means[:5]) + 0.2, means
 
 
 def test_a_reward_in_a_package_of_its_own(folder: Path, tmp_path: Path) -> None:

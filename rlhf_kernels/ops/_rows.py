@@ -100,11 +100,6 @@ def exponentials(x: Tensor, shift: Tensor | None, inverse: float | Tensor | None
     return torch.exp(over_temperature(x, shift, inverse, out), out=out)
 
 
-def log_softmax(x: Tensor, inverse: float | Tensor | None, out: Tensor) -> Tensor:
-    """log softmax(x / temperature) into out. NaN for a row of nothing but -inf."""
-    return torch.log_softmax(over_temperature(x, None, inverse, out), -1, out=out)
-
-
 def finite_maximum(x: Tensor) -> Tensor:
     """The maximum of each row as a column, finite for a row of nothing but -inf, so that x - maximum is no NaN."""
     return x.amax(-1, keepdim=True).clamp_(min=torch.finfo(x.dtype).min)

@@ -53,7 +53,7 @@ def exact_kl(
     if torch.is_grad_enabled() and (rows_p.requires_grad or rows_q.requires_grad):
         kl = _ExactKL.apply(rows_p, rows_q, inverse, masked)
     else:
-        kl = _forward(rows_p, rows_q, inverse, masked)[0]
+        kl, *_ = _forward(rows_p, rows_q, inverse, masked)
     return kl.view(shape)
 
 
@@ -85,15 +85,15 @@ def _definition(p: Tensor, q: Tensor, inverse: float | Tensor | None, mask: Tens
 class _ExactKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: Tensor, q: Tensor, inverse: float | Tensor | None, masked: Tensor | None) -> Tensor:
-        kl, still = _forward(p, q, inverse, masked)
-        ctx.save_for_backward(p, q, kl, still)
+        kl, still, normalizers = _forward(p, q, inverse, masked)
+        ctx.save_for_backward(p, q, kl, still, *normalizers)
         ctx.inverse = inverse
         return kl
 
     @staticmethod
     @_autograd.differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        p, q, kl, still = ctx.saved_tensors
+        p, q, kl, still, largest_p, largest_q, log_sum_p, log_sum_q = ctx.saved_tensors
         dtype = kl.dtype
         scale = grad if ctx.inverse is None else grad * ctx.inverse
         asks_p, asks_q, *_ = ctx.needs_input_grad
@@ -103,8 +103,9 @@ class _ExactKL(torch.autograd.Function):
         scratch_p, scratch_q, scratch = (tiles.scratch() for _ in range(3))
         for tile in tiles:
             inverse = _rows.part(ctx.inverse, tile)
-            log_p = _rows.log_softmax(p[tile], inverse, scratch_p.like(p[tile]))
-            log_q = _rows.log_softmax(q[tile], inverse, scratch_q.like(q[tile]))
+            log_p = _rows.over_temperature(p[tile], largest_p[tile], inverse, scratch_p.like(p[tile]))
+            log_q = _rows.over_temperature(q[tile], largest_q[tile], inverse, scratch_q.like(q[tile]))
+            log_p, log_q = log_p.sub_(log_sum_p[tile]), log_q.sub_(log_sum_q[tile])
             probability = torch.exp(log_p, out=scratch.like(log_p))
             if grad_p is not None:
                 d = _log_ratio(log_p, log_q).sub_(kl[tile]).mul_(probability).mul_(scale[tile])
@@ -116,29 +117,39 @@ class _ExactKL(torch.autograd.Function):
 
 def _forward(
     p: Tensor, q: Tensor, inverse: float | Tensor | None, masked: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """p and q [A, B, V], masked [A, B, 1] -> KL, and the rows that send no gradient (None: all do), [A, B, 1]."""
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """p and q [A, B, V], masked [A, B, 1] -> columns [A, B, 1]: KL; the rows that send no gradient (None: all do);
+    and what makes log-probs of logits: the largest logit of p and of q, and the log of each sum of exponentials.
+
+    torch.log_softmax would be as fast, but it adds up a vocabulary in an order that costs 1e-5 nats.
+    """
     dtype = _check.accumulation_dtype(p, q)
     on_host = _check.on_host(p)
-    kl = torch.empty((*p.shape[:-1], 1), dtype=dtype, device=p.device)
+    kl, *normalizers = (torch.empty((*p.shape[:-1], 1), dtype=dtype, device=p.device) for _ in range(5))
     still = None if masked is None else masked.clone()
     tiles = _rows.Tiles(p, dtype, scratches=3)
     scratch_p, scratch_q, scratch = (tiles.scratch() for _ in range(3))
     for tile in tiles:
         inverse_part = _rows.part(inverse, tile)
-        log_p = _rows.log_softmax(p[tile], inverse_part, scratch_p.like(p[tile]))
-        log_q = _rows.log_softmax(q[tile], inverse_part, scratch_q.like(q[tile]))
-        # A CPU may look first whether any row is special; a GPU would have to wait for the answer.
-        possible = on_host and bool(log_q.amin() > -math.inf)
-        probability = torch.exp(log_p, out=scratch.like(log_p))
-        column = _rows.sums(_log_ratio(log_p, log_q).mul_(probability))
-        kl[tile] = column
-        if not (possible and bool(column.isfinite().all())):
+        largest_p, largest_q = (_rows.finite_maximum(x[tile]) for x in (p, q))
+        below_p = _rows.over_temperature(p[tile], largest_p, inverse_part, scratch_p.like(p[tile]))
+        below_q = _rows.over_temperature(q[tile], largest_q, inverse_part, scratch_q.like(q[tile]))
+        # A CPU may look first whether any logit is -inf; a GPU would have to wait for the answer.
+        ordinary = on_host and all(bool(x.amin() > -math.inf) for x in (below_p, below_q))
+        log_sum_q = _rows.sums(torch.exp(below_q, out=scratch.like(below_q))).log_()
+        weight = torch.exp(below_p, out=scratch.like(below_p))
+        sum_p = _rows.sums(weight)
+        log_sum_p = sum_p.log()
+        ratio = below_p.sub_(below_q) if ordinary else _log_ratio(below_p, below_q)
+        column = _rows.sums(ratio.mul_(weight)).div_(sum_p).add_(log_sum_q).sub_(log_sum_p)
+        for whole, part in zip((kl, *normalizers), (column, largest_p, largest_q, log_sum_p, log_sum_q), strict=True):
+            whole[tile] = part
+        if not (ordinary and bool(column.isfinite().all())):
             empty, infinite = _special_rows(p[tile], q[tile])
             kl[tile] = kl[tile].masked_fill(infinite, math.inf).masked_fill(empty, 0)
             still = torch.zeros_like(kl, dtype=torch.bool) if still is None else still
             still[tile] |= empty | infinite
-    return (kl if masked is None else kl.masked_fill(masked, 0)), still
+    return (kl if masked is None else kl.masked_fill(masked, 0)), still, normalizers
 
 
 def _special_rows(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:

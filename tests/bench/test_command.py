@@ -14,7 +14,9 @@ from bench import command, readme_table, tables
 from bench.case import Case
 from bench.command import BenchError, Request, from_command_line
 from bench.harness import OURS_TORCH, OURS_TRITON, Options, measure
+from bench.measuring import OUT_OF_TIME, Clock, measure_all
 from bench.record import Results
+from bench.request import load, module_of, operations
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -22,11 +24,9 @@ CPU = torch.device("cpu")
 ALONE = {"step"}
 
 
-@pytest.mark.parametrize("operation", [name for name in command.operations() if name not in ALONE])
+@pytest.mark.parametrize("operation", [name for name in operations() if name not in ALONE])
 def test_the_bench_still_runs_and_ours_is_right(operation: str) -> None:
-    bench = command.load(operation)
-    if bench is None:
-        pytest.skip("not in the common form yet")
+    bench = load(operation)
     assert bench.operation == operation
     for case in bench.cases([bench.tiny]):
         records = measure(bench, case, Options(CPU, rounds=1, seconds=0, compiled="not in a smoke run", least_rounds=1))
@@ -39,11 +39,9 @@ def test_the_bench_still_runs_and_ours_is_right(operation: str) -> None:
         assert len([record for record in records if record.milliseconds]) >= 2, "alone it is no comparison"
 
 
-@pytest.mark.parametrize("operation", [name for name in command.operations() if name not in ALONE])
+@pytest.mark.parametrize("operation", [name for name in operations() if name not in ALONE])
 def test_the_declaration_is_sound(operation: str) -> None:
-    bench = command.load(operation)
-    if bench is None:
-        pytest.skip("not in the common form yet")
+    bench = load(operation)
     axes = len(bench.axes.split(", "))
     swept = [shape for sizes in bench.sweeps.values() for shape in sizes.values()]
     for shape in [*bench.shapes, *bench.quick, bench.tiny, *bench.gpu_shapes, *swept]:
@@ -63,17 +61,17 @@ def test_the_step_bench_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     small = Setting(vocabulary=64, hidden=16, intermediate=24, layers=2, heads=2, prompts=2, group=2, prompt_length=4)
     monkeypatch.setattr(bench_step, "SETTING", small)
     monkeypatch.setattr(bench_step, "TOKENIZER", make_tokenizer(small))
-    for rival in ("trl_grpo", "trl_reward", "trl_ppo"):
+    for rival in ("hf_pretrain", "trl_grpo", "trl_reward", "trl_ppo"):
         monkeypatch.setattr(bench_step.peers, rival, lambda *arguments: lambda: None)
-    records = measure_steps(Options(CPU, rounds=1), command.Clock(None), show=False)
-    assert [record.form for record in records if record.contestant == "ours"] == ["grpo", "reward", "ppo"]
+    records = measure_steps(Options(CPU, rounds=1), Clock(None), show=False)
+    assert [record.form for record in records if record.contestant == "ours"] == ["pretrain", "reward", "grpo", "ppo"]
     assert all(record.milliseconds and record.clock == "cpu" for record in records)
 
     def absent(*arguments: object) -> None:
         raise ImportError("this rival needs TRL")
 
     monkeypatch.setattr(bench_step.peers, "trl_reward", absent)
-    records = measure_steps(Options(CPU, rounds=1), command.Clock(None), show=False)
+    records = measure_steps(Options(CPU, rounds=1), Clock(None), show=False)
     assert [record.why for record in records if not record.milliseconds] == ["this rival needs TRL"]
 
 
@@ -132,12 +130,11 @@ def test_memory_and_huge_pages_are_measured_for_all_that_have_a_time(report: Pat
 def test_a_big_call_s_memory_is_counted_to_the_megabyte() -> None:
     from bench.peak_memory import Server
 
-    bench = command.load("token_logprobs")
-    assert bench is not None
+    bench = load("token_logprobs")
     case = Case((4, 64, 16_000))  # logits of 16.4 MB
     with Server() as server:
-        naive = server.peak(bench, command.module_of("token_logprobs"), case, "naive")
-        again = server.peak(bench, command.module_of("token_logprobs"), case, "naive")
+        naive = server.peak(bench, module_of("token_logprobs"), case, "naive")
+        again = server.peak(bench, module_of("token_logprobs"), case, "naive")
     assert naive == pytest.approx(16.4e6, abs=1.5e6)  # the log-softmax
     assert again == pytest.approx(naive, abs=0.5e6)
 
@@ -191,19 +188,19 @@ def test_a_report_without_matplotlib_is_refused_before_anything_is_measured(monk
 
 
 def test_a_run_that_is_out_of_time_says_what_it_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    results = command.measure_all(Request(ops=["linear_logprobs"], smoke=True, minutes=0, device="cpu"))
-    assert {record.why for record in results.records} == {command.OUT_OF_TIME}
+    results = measure_all(Request(ops=["linear_logprobs"], smoke=True, minutes=0, device="cpu"))
+    assert {record.why for record in results.records} == {OUT_OF_TIME}
     assert "out of time" in capsys.readouterr().out
 
 
 def test_an_operation_may_take_twice_its_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
-    whole = command.Clock(10)
+    monkeypatch.setattr("bench.measuring.time.monotonic", lambda: now[0])
+    whole = Clock(10)
     part = whole.share(5)
     assert part.left == pytest.approx(240) and whole.share(1).left == 600
     now[0] += 241
-    assert part.over and not whole.over and command.Clock(None).share(3).left is None
+    assert part.over and not whole.over and Clock(None).share(3).left is None
 
 
 def test_ours_wrong_is_told_and_fails_the_command(
@@ -211,7 +208,7 @@ def test_ours_wrong_is_told_and_fails_the_command(
 ) -> None:
     from tests.bench.toy import toy
 
-    monkeypatch.setattr(command, "load", lambda name: toy(ours=lambda x: 3 * x))
+    monkeypatch.setattr("bench.measuring.load", lambda name: toy(ours=lambda x: 3 * x))
     assert from_command_line(["--ops", "token_logprobs", "--smoke", "--device", "cpu"]) == 1
     assert "OURS FAILED: token_logprobs [2, 4] float32 forward, ours, torch: output 0 is off" in capsys.readouterr().out
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import backends, harness
+from bench import backends, harness, judging
 from bench.case import BOTH, Case
 from bench.harness import COMPILED, OURS_TORCH, OURS_TRITON, Options, measure
 from bench.record import Record
@@ -164,12 +164,12 @@ def test_every_call_gets_the_next_inputs(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_large_case_is_checked_on_some_rows_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "CHECKED_IN_FULL", 16 * 128)
+    monkeypatch.setattr(judging, "CHECKED_IN_FULL", 16 * 128)
     bench = toy(last_row_wrong=lambda x: torch.cat([2 * x[:-1], 3 * x[-1:]]), wrong=ROGUES["wrong"])
     found = records(bench, Case((64, 128), direction=BOTH))
     assert found[OURS_TORCH].checked == "16 of 64 rows, gradient of x" and found[OURS_TORCH].right
     assert found["wrong"].right is False and found["last_row_wrong"].right is False
-    monkeypatch.setattr(harness, "CHECKED_IN_FULL", 1)
+    monkeypatch.setattr(judging, "CHECKED_IN_FULL", 1)
     found = records(bench, Case((64, 128)))
     assert found[OURS_TORCH].checked == "2 of 64 rows, gradient of nothing"
     assert found["last_row_wrong"].right is False

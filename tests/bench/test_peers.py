@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import peers
+from bench import ours, peers
 from bench.peers import HeldTrainer
 from bench.subject import Setting, letter_share, make_policy, make_prompts, make_scorer, make_tokenizer
 
 SMALL = Setting(
-    vocabulary=64, hidden=16, intermediate=24, layers=2, heads=2, prompts=2, group=2, prompt_length=4, response_length=6
-)
+    vocabulary=64, hidden=16, intermediate=24, layers=2, heads=2, prompts=2, group=2, prompt_length=4,
+    response_length=6, block_length=16,
+)  # fmt: skip
 TOKENIZER = make_tokenizer(SMALL)
 
 
@@ -114,7 +115,11 @@ def test_another_trl_or_none_is_refused(
         peers.trl_reward(make_scorer(SMALL), TOKENIZER, SMALL)
 
 
-# ------------------------------------------------------------------------------ TRL itself, where it is installed
+# ----------------------------------------------------------------- the trainers themselves, where they are installed
+
+
+def pretrain() -> HeldTrainer:
+    return peers.hf_pretrain(make_policy(SMALL), SMALL)
 
 
 def grpo() -> HeldTrainer:
@@ -148,8 +153,10 @@ def held(request: pytest.FixtureRequest) -> Iterator[HeldTrainer]:
     made.close()
 
 
-@pytest.mark.parametrize(("held", "optimizer_steps"), [(grpo, 1), (reward, 1), (ppo, 4)], indirect=["held"])
-def test_trl_steps_as_often_as_its_bench_says(held: HeldTrainer, optimizer_steps: int) -> None:
+@pytest.mark.parametrize(
+    ("held", "optimizer_steps"), [(pretrain, 1), (grpo, 1), (reward, 1), (ppo, 4)], indirect=["held"]
+)
+def test_a_trainer_steps_as_often_as_its_bench_says(held: HeldTrainer, optimizer_steps: int) -> None:
     trainer = held.trainer
     before = weights(trainer.model)
     for call in (1, 2, 3):
@@ -160,7 +167,24 @@ def test_trl_steps_as_often_as_its_bench_says(held: HeldTrainer, optimizer_steps
         before = after
 
 
-# -------------------------------------------------------------------------------------- the plain PyTorch loop
+# ------------------------------------------------------------------------------------- the plain PyTorch loops
+
+
+def test_pretraining_by_hand_and_ours_are_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "copy", SimpleNamespace(deepcopy=lambda model: model))
+    monkeypatch.setattr(ours, "copy", SimpleNamespace(deepcopy=lambda model: model))
+    by_hand, by_us = make_policy(SMALL), make_policy(SMALL)
+    torch.testing.assert_close(weights(by_hand), weights(by_us), rtol=0, atol=0)
+    peers.minimal_pretrain(by_hand, SMALL)()
+    ours.pretrain(by_us, SMALL)()
+    # Both steps are 1e-6 in every weight whose gradient is not noise; weight decay, which they set apart, is 1e-8.
+    start = weights(make_policy(SMALL))
+    moved, apart = (
+        torch.cat([(new - old).flatten() for new, old in zip(weights(by_hand), others, strict=True)])
+        for others in (start, weights(by_us))
+    )
+    assert float(moved.abs().mean()) > 5e-7
+    assert float(apart.abs().mean()) < 0.02 * float(moved.abs().mean())
 
 
 def minimal(

@@ -784,3 +784,16 @@ def test_a_critic_of_ones_own_needs_no_base_class() -> None:
     assert scored.values is not None
     assert scored.values.tolist() == [pytest.approx([0.3, 0.4])]
     assert isinstance(toy_models().critic, ToyCritic)
+
+
+def test_generate_score_advantages_loss_are_all_that_a_loop_of_ones_own_needs() -> None:
+    """What is only scored gets its token rewards, and so the wrapper around them, on the way."""
+    made = Engine([PPO(), Count("a"), KLPenalty(beta=0.3)], toy_models(LogitsPolicy()), response_length=4)
+    made.models.reference = HiddenPolicy(seed=5)
+    scored = made.score(made.generate(PROMPTS), PROMPTS)
+    batch, expected = made.advantages(scored), made.advantages(made.token_rewards(scored))
+    assert torch.equal(batch.rewards, expected.rewards)
+    assert torch.equal(batch.advantages, expected.advantages)
+    assert not torch.equal(batch.rewards.sum(1), scored.scores)
+    made.loss(batch).value.backward()
+    assert all(p.grad is not None for p in made.models.policy.parameters())  # type: ignore[union-attr,attr-defined]

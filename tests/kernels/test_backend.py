@@ -166,6 +166,16 @@ def test_the_report_says_what_runs_and_why(monkeypatch: pytest.MonkeyPatch) -> N
         )
 
 
+def test_the_report_names_the_trainers_that_the_operations_serve_in() -> None:
+    assert "embedded in   nothing in this process" in str(backend.report()).splitlines()
+    take_back = [backend.embedded_in("SomeTrainer: loss") for _ in range(2)]
+    assert backend.report().embedded == ("SomeTrainer: loss",) * 2
+    assert str(backend.report()).splitlines().count("embedded in   SomeTrainer: loss") == 2
+    for function in (take_back[0], take_back[0], take_back[1]):  # a second call takes nothing else back
+        function()
+        assert len(backend.report().embedded) == (0 if function is take_back[1] else 1)
+
+
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
