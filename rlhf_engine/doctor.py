@@ -195,7 +195,7 @@ def _look_at(report: Report, file: RunFile, one: Named) -> Named:
         report.faults.append(" ".join(filter(None, (text, one.changed))))
     try:
         if one.plugin is None:
-            one.plugin, one.bare = object.__new__(plugin), True
+            one.plugin, one.bare = object.__new__(plugin) if isinstance(plugin, type) else plugin, True
         report.faults += [" ".join(filter(None, (fault, one.changed))) for fault in faults(one.plugin, one.name)]
         for attribute, hook, fault in implementations(one.plugin, one.name):
             if fault:
