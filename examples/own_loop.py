@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from rlhf_engine import Engine, FunctionReward, Prompt
+from rlhf_engine import Engine, Prompt
 from rlhf_plugins.grpo import GRPO
 from rlhf_plugins.hf import load_models
 
@@ -20,7 +20,7 @@ def brevity(texts: list[str]) -> list[float]:
 def main(folder: str = "runs/movies/pretrain/result", steps: int = 5, learning_rate: float = 3e-4) -> list[float]:
     torch.manual_seed(0)
     models = load_models(folder)
-    engine = Engine([GRPO(), FunctionReward(brevity)], models, samples_per_prompt=8, response_length=16)
+    engine = Engine([GRPO()], models, rewards=[brevity], samples_per_prompt=8, response_length=16)
     optimizer = torch.optim.AdamW(engine.parameters(), lr=learning_rate)
     prompts = [Prompt(text="This film was"), Prompt(text="I thought the plot")]
     means = []

@@ -15,7 +15,7 @@ from rlhf_engine.batch import (
 from rlhf_engine.engine import Engine
 from rlhf_engine.hookspecs import Stage, hookimpl
 from rlhf_engine.models import Heads, Models
-from rlhf_engine.rewards import FunctionReward
+from rlhf_engine.rewards import FunctionReward, RewardOptions, reward
 
 __all__ = [
     "Batch",
@@ -29,9 +29,11 @@ __all__ = [
     "Preference",
     "Prompt",
     "Reward",
+    "RewardOptions",
     "Rewarded",
     "Rollout",
     "Scored",
     "Stage",
     "hookimpl",
+    "reward",
 ]

@@ -92,10 +92,13 @@ def _write_folder(final: Path, write: Callable[[Path], None], previous: Path | N
         if not isinstance(error, Exception):
             raise
         kept = f"the previous one, {previous}, is untouched" if previous else "no earlier one is there"
-        raise CheckpointNotSaved(
+        not_saved = CheckpointNotSaved(
             f"could not save {final}: {type(error).__name__}: {error}; {kept}. {_room(final.parent)}. "
             "Make room or remove the cause, then run the same command again: it goes on from there."
-        ) from error
+        )
+        for note in getattr(error, "__notes__", ()):  # which plugin it was, if one
+            not_saved.add_note(note)
+        raise not_saved from error
     shutil.rmtree(aside, ignore_errors=True)
     return final
 

@@ -1,4 +1,4 @@
-"""The command line: `rlhf run FILE`, `rlhf plugins [FILE]`, `rlhf bench`, `rlhf plan FILE`."""
+"""The command line: `rlhf run FILE`, `rlhf plugins [doctor] [FILE]`, `rlhf new KIND NAME`, `rlhf bench | plan`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import get_console
@@ -15,10 +15,13 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from rlhf_engine.checkpoint import CheckpointNotSaved, DamagedCheckpoint
-from rlhf_engine.config import ConfigError, read_run_file
-from rlhf_engine.manager import PluginError, answers, installed, load, winners
+from rlhf_engine.config import ConfigError, RunFile, read_run_file
+from rlhf_engine.doctor import examine, installed_table
+from rlhf_engine.manager import winners
+from rlhf_engine.new import Kind, new_package
 from rlhf_engine.plan import (
     Setup,
     check_tables,
@@ -34,7 +37,20 @@ from rlhf_engine.run import Run
 
 __all__ = ["main"]
 
+
+class ShowByDefault(TyperGroup):
+    """`rlhf plugins [FILE]` is `rlhf plugins show [FILE]`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = bool(args) and (args[0] in self.commands or args[0] == "--help")
+        return super().parse_args(ctx, args if named else ["show", *args])
+
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+plugins = typer.Typer(
+    cls=ShowByDefault, help="What is installed, and what a run makes of it. `rlhf plugins [FILE]` shows it."
+)
+app.add_typer(plugins, name="plugins")
 
 
 class BenchMissing(Exception):
@@ -50,7 +66,7 @@ Set = Annotated[list[str], typer.Option("--set", help="override a key: table.key
 @app.command()
 def run(file: Path, set: Set = []) -> None:  # noqa: B006 (typer reads the option's name and default here)
     """Do what a run file says. The same command again goes on where a stopped run was."""
-    parsed = read_run_file(file, set)
+    parsed = _read(file, set)
     folder = Path(parsed.options.folder)
     try:
         Run(parsed).execute()
@@ -59,6 +75,12 @@ def run(file: Path, set: Set = []) -> None:  # noqa: B006 (typer reads the optio
             _keep_traceback(error, folder)
         raise
     (folder / "error.txt").unlink(missing_ok=True)
+
+
+def _read(file: Path, overrides: list[str]) -> RunFile:
+    """The run file. Modules that it names by path are looked for beside it first, then in the current folder."""
+    sys.path.insert(0, str(file.resolve().parent))
+    return read_run_file(file, overrides)
 
 
 def _keep_traceback(error: Exception, folder: Path) -> None:
@@ -74,28 +96,33 @@ def _keep_traceback(error: Exception, folder: Path) -> None:
         error.add_note(f"The full traceback is in {folder / 'error.txt'}.")
 
 
-@app.command()
-def plugins(
+@plugins.command()
+def show(
     file: Annotated[Path | None, typer.Argument(help="a run file: show who answers each hook in it")] = None,
     set: Set = [],  # noqa: B006
 ) -> None:
     """What is installed and what each plugin answers; with a run file, who won each hook in it."""
     console = get_console()
     if file is None:
-        table = Table("plugin", "from", "answers", title="installed plugins (a run uses only those it names)")
-        for name, entry in sorted(installed().items()):
-            try:
-                hooks = ", ".join(answers(load(name)))
-            except PluginError as error:
-                hooks = f"does not load: {error.__cause__ or error}"
-            origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else ""
-            table.add_row(name, origin, escape(hooks))
+        table = installed_table()
     else:
-        loaded = Run(read_run_file(file, set))
+        loaded = Run(_read(file, set))
         table = Table("hook", "answered by (in this order)", title=escape(str(file)))
         for hook, names in winners(loaded.manager).items():
             table.add_row(hook, escape(", ".join(names)) or "-")
     console.print(table)
+
+
+@plugins.command()
+def doctor(
+    file: Annotated[Path, typer.Argument(help="a run file; nothing in it is run")],
+    set: Set = [],  # noqa: B006
+) -> None:
+    """All that is wrong with a run file's plugins, in one go, and what to do; exit status 1 if anything is."""
+    sys.path.insert(0, str(file.resolve().parent))
+    report = examine(file, set)
+    get_console().print(*report.tables(), sep="\n")
+    raise typer.Exit(1 if report.faults else 0)
 
 
 @app.command()
@@ -155,7 +182,7 @@ def plan(
         raise ConfigError("--gpu cpu: there is one such machine here, so neither --count nor --sweep goes with it")
     console = get_console()
     if file is not None:
-        parsed = read_run_file(file, set)
+        parsed = _read(file, set)
         setup = Setup(
             job=job_of(parsed).resized(batch=batch, tokens=tokens, prompt_tokens=prompt_tokens),
             model=find_architecture(model) if model else model_of(parsed), machine=find_machine(gpu), count=count,
@@ -166,6 +193,21 @@ def plan(
             console.print(sweep_table(setup))
     if check is not None:
         console.print(*check_tables(check), sep="\n")
+
+
+@app.command()
+def new(
+    kind: Annotated[Kind, typer.Argument(help="what the plugin is")],
+    name: Annotated[str, typer.Argument(help="the name that run files will use, such as my_reward")],
+    folder: Annotated[Path, typer.Option(help="where the package's folder is put")] = Path("."),
+) -> None:
+    """Write a plugin in a package of its own: a class, its test and a README, ready to install."""
+    package = new_package(kind, name, folder)
+    get_console().print(
+        f"{package}: {', '.join(sorted(file.name for file in package.iterdir()))}\n"
+        f"Now: pip install --editable {package} && python -m pytest {package}",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def main() -> None:

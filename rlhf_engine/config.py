@@ -21,15 +21,34 @@ import json
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import PydanticCustomError
 
-__all__ = ["ConfigError", "RunFile", "RunOptions", "build", "did_you_mean", "read_run_file", "table_name"]
+__all__ = [
+    "ConfigError",
+    "RunFile",
+    "RunOptions",
+    "build",
+    "did_you_mean",
+    "nearest",
+    "read_run_file",
+    "read_tables",
+    "table_name",
+    "validate",
+]
 
 
 class ConfigError(Exception):
     """The run file, or what it names, cannot be used as it stands. Raised before any work starts."""
+
+
+def _once(names: list[str]) -> list[str]:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PydanticCustomError("twice", '"{name}" stands here twice; name it once', {"name": twice[0]})
+    return names
 
 
 class RunOptions(BaseModel):
@@ -39,9 +58,9 @@ class RunOptions(BaseModel):
 
     folder: str = Field(min_length=1)
     """where everything that the run makes goes; the same command again resumes what stands there"""
-    stages: list[str] = Field(min_length=1)
+    stages: Annotated[list[str], Field(min_length=1), AfterValidator(_once)]
     """in the order in which they run"""
-    plugins: list[str] = []
+    plugins: Annotated[list[str], AfterValidator(_once)] = []
     """entry-point names, or "package.module:Class" for one that is not installed as an entry point"""
     seed: int = Field(default=0, ge=0)
     threads: int = Field(default=0, ge=0)
@@ -62,10 +81,15 @@ class RunFile:
         return list(dict.fromkeys([*self.options.stages, *self.options.plugins]))
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like this one, or ""."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)), "")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean "ppo"?`, or nothing if no known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f' Did you mean "{near[0]}"?' if near else ""
+    near = nearest(name, known)
+    return f' Did you mean "{near}"?' if near else ""
 
 
 def table_name(name: str) -> str:
@@ -75,6 +99,13 @@ def table_name(name: str) -> str:
 
 def read_run_file(path: Path, overrides: Iterable[str] = ()) -> RunFile:
     """Parse a run file and the `table.key=value` overrides of the command line (values are TOML)."""
+    tables = read_tables(path, overrides)
+    options = validate(RunOptions, tables.pop("run", {}), where=f"{path}: [run]")
+    return RunFile(path=path, options=options, tables=tables)
+
+
+def read_tables(path: Path, overrides: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """The tables of a run file, `[run]` among them, as they stand."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -88,8 +119,7 @@ def read_run_file(path: Path, overrides: Iterable[str] = ()) -> RunFile:
         raise ConfigError(f"{path}: the key {not_tables[0]!r} stands outside any table; did you mean [run]?")
     for override in overrides:
         _apply(tables, override)
-    options = _validate(RunOptions, tables.pop("run", {}), where=f"{path}: [run]")
-    return RunFile(path=path, options=options, tables=tables)
+    return tables
 
 
 def _apply(tables: dict[str, Any], override: str) -> None:
@@ -117,7 +147,7 @@ def build(plugin: type, table: dict[str, Any], *, where: str) -> Any:
             required = option.default is option.default_factory is dataclasses.MISSING
             allowed[option.name] = (hints[option.name], ... if required else None)
     model = create_model(plugin.__name__, __config__=ConfigDict(extra="forbid", strict=True), **allowed)
-    values = _validate(model, table, where=where)
+    values = validate(model, table, where=where)
     given = {name: getattr(values, name) for name in values.model_fields_set}
     try:
         return plugin(**given)
@@ -125,7 +155,7 @@ def build(plugin: type, table: dict[str, Any], *, where: str) -> Any:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _validate(model: type[BaseModel], table: dict[str, Any], *, where: str) -> Any:
+def validate(model: type[BaseModel], table: dict[str, Any], *, where: str) -> Any:
     """Validate a table; on a fault say which key, what stood there, and what is allowed."""
     try:
         # As JSON, because there pydantic takes a list for a tuple and a string for a path, and is strict otherwise.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from rlhf_engine.batch import Loss, Output, Prompt, Rollout, Scored
+from rlhf_engine.heads import heads_of
 from rlhf_engine.hookspecs import hookimpl
 from rlhf_engine.models import Generates, Models, Policy
 from rlhf_kernels import masked_mean
@@ -97,7 +98,7 @@ class PlainSampler:
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         logps = []
         for _ in range(length):
-            logits = self.policy(tokens, mask).next_logits() / temperature
+            logits = heads_of(self.policy, tokens, mask).next_logits() / temperature
             distribution = torch.log_softmax(logits, dim=-1)
             token = torch.multinomial(distribution.exp(), 1)
             logps.append(distribution.gather(1, token))

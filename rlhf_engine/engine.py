@@ -1,6 +1,6 @@
 """The steps of RLHF as methods: the stages are written with them, and so can be any loop of yours.
 
-engine = Engine(plugins=[GRPO(), Brevity()], models=models)
+engine = Engine(plugins=[GRPO()], rewards=[brevity], models=models)     # a function, or a plugin
 rollout = engine.generate(prompts)                  # sample
 batch = engine.experience(rollout, prompts)         # score -> token rewards -> advantages
 for minibatch in batch.split(8):
@@ -11,8 +11,7 @@ for minibatch in batch.split(8):
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pluggy
@@ -20,27 +19,26 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlhf_engine.batch import Batch, Loss, Output, Prompt, Reward, Rewarded, Rollout, Scored
+from rlhf_engine.batch import Batch, Loss, Output, Prompt, Rewarded, Rollout, Scored
 from rlhf_engine.config import did_you_mean
-from rlhf_engine.manager import PluginError, manager, require
+from rlhf_engine.heads import described, heads_of, values_of
+from rlhf_engine.manager import PluginError, manager, replaced, require
 from rlhf_engine.models import Heads, Models
+from rlhf_engine.rewards import Failure, NothingJudged, RewardOptions, Rewards, as_plugin
 
-__all__ = ["Engine", "RewardError"]
+__all__ = ["Engine"]
 
 NEEDS = {"ref_logp", "values", "old_logp", "entropy", "groups"}
-
-
-class RewardError(Exception):
-    """A reward answered with something that cannot be used."""
 
 
 class Engine:
     """The steps of reinforcement learning from human feedback, with these plugins and these models.
 
-    `plugins` are objects (or a manager made by `rlhf_engine.manager.manager`). One `temperature` serves the
-    sampler, the policy, the reference and the loss. `samples_per_prompt` responses to a prompt form a group.
-    `rows_per_forward` bounds memory: no more sequences than that go through a model at once (0: all).
-    `missing_end_score`, if given, replaces the score of a response that was cut off before its end token.
+    `plugins` are objects (or a manager made by `rlhf_engine.manager.manager`), `rewards` functions or more plugins.
+    `reward_options` say by the name of a reward plugin (its class's or function's) what happens when it fails.
+    One `temperature` serves the sampler, the policy, the reference and the loss. `samples_per_prompt` responses to
+    a prompt form a group. `rows_per_forward` bounds memory: no more sequences than that go through a model at once
+    (0: all). `missing_end_score`, if given, replaces the score of a response that was cut off before its end token.
 
     Raises `PluginError` for a misspelt hook, two answers to one hook, or none where one is needed.
     """
@@ -50,6 +48,8 @@ class Engine:
         plugins: Iterable[Any] | pluggy.PluginManager,
         models: Models,
         *,
+        rewards: Iterable[Any] = (),
+        reward_options: Mapping[str, RewardOptions] | None = None,
         temperature: float = 1.0,
         response_length: int = 32,
         samples_per_prompt: int = 1,
@@ -65,7 +65,12 @@ class Engine:
                 raise ValueError(f"{name} = {value}: it must be at least {least}")
         if not temperature > 0:
             raise ValueError(f"temperature = {temperature}: it must be greater than 0 (sampling, never argmax)")
-        self.manager = plugins if isinstance(plugins, pluggy.PluginManager) else manager(plugins)
+        if isinstance(plugins, pluggy.PluginManager):
+            if rewards:
+                raise ValueError("rewards=[...] is too late for a manager: give it them with its other plugins")
+            self.manager = plugins
+        else:
+            self.manager = manager([*plugins, *map(as_plugin, rewards)])
         self.hook = self.manager.hook
         require(self.manager, ("rlhf_advantages", "rlhf_loss", "rlhf_reward"), by="the engine")
         self.models = models
@@ -75,8 +80,8 @@ class Engine:
         self.rows_per_forward = rows_per_forward
         self.missing_end_score = missing_end_score
         self.needs = needs(self.manager)
-        self.weights: dict[str, float] = {}
-        """name -> weight of the rewards that answered last; 0: a metric only"""
+        self.rewards = Rewards(self.hook.rlhf_reward, reward_options)
+        self._ask_rewards = replaced(self.manager, "rlhf_reward", self.rewards.implementations())
         refuse_single_samples(self.manager, samples_per_prompt)
         if models.policy is None:
             raise ValueError("models.policy is None: there is nothing to train")
@@ -87,6 +92,20 @@ class Engine:
                 f'{_who_needs(self.manager, "values")} needs "values", and models.critic is None. Give it a critic, or '
                 "a policy with a value head of its own, which says so by `has_values = True`"
             )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """name -> weight of the rewards that answered last; 0: a metric only"""
+        return self.rewards.weights
+
+    @property
+    def failures(self) -> list[Failure]:
+        """What rewards have failed on, the newest thousand."""
+        return self.rewards.journal.failures
+
+    def close(self) -> None:
+        """End the processes of rewards that have one; otherwise they end with this process."""
+        self.rewards.close()
 
     # ------------------------------------------------------------------------------------------- experience
 
@@ -128,23 +147,31 @@ class Engine:
             )
 
     @torch.no_grad()
-    def score(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Scored:
+    def score(self, rollout: Rollout, prompts: Sequence[Prompt], *, normalize: bool = True) -> Scored:
         """Ask every reward, and every model that a plugin needs, about the rollout.
 
-        Rows for which a reward of non-zero weight abstains (NaN) are left out of what is returned.
+        Rows for which a reward of non-zero weight abstains (NaN) are left out of what is returned. `normalize` = False
+        leaves rewards in their own units, and the statistics of those that are normalized as they are.
+
+        Raises NothingJudged if no row is left.
         """
         if int(rollout.group.max()) >= len(prompts):
             raise ValueError(
                 f"the rollout answers at least {int(rollout.group.max()) + 1} prompts, and {len(prompts)} were given: "
                 "pass the prompts that generate() got"
             )
-        asked = [prompts[index] for index in rollout.group.tolist()]
-        by_name, scores = self._rewards(rollout, asked)
+        answers = self._ask_rewards(
+            rollout=rollout,
+            prompts=[prompts[index] for index in rollout.group.tolist()],
+            texts=self.texts(rollout),
+            models=self.models,
+        )
+        by_name, scores = self.rewards.combined(answers, rollout, normalize=normalize)
         if self.missing_end_score is not None:
             scores = torch.where(rollout.ended | scores.isnan(), scores, self.missing_end_score)
         judged = ~scores.isnan()
         if not judged.any():
-            raise RewardError(f"every reward abstained on all {len(scores)} samples; there is nothing to learn from")
+            raise NothingJudged(f"every reward abstained on all {len(scores)} samples; there is nothing to learn from")
         if not judged.all():
             rollout, scores = rollout[judged], scores[judged]
             by_name = {name: values[judged] for name, values in by_name.items()}
@@ -181,7 +208,7 @@ class Engine:
         policy = self.models.policy
         assert policy is not None, "the engine needs models.policy"
         self._no_dropout()
-        heads = policy(*_sequence(batch))
+        heads = heads_of(policy, *_sequence(batch))
         logp, entropy = heads.logprobs(
             batch.tokens,
             batch.mask,
@@ -240,48 +267,6 @@ class Engine:
         rows = zip(rollout.tokens.tolist(), counted.tolist(), strict=True)
         return self.models.tokenizer.decode([[t for t, c in zip(*row, strict=True) if c] for row in rows])
 
-    def _rewards(self, rollout: Rollout, prompts: list[Prompt]) -> tuple[dict[str, Tensor], Tensor]:
-        answers = self.hook.rlhf_reward(rollout=rollout, prompts=prompts, texts=self.texts(rollout), models=self.models)
-        by_name: dict[str, Tensor] = {}
-        scores = torch.zeros(len(rollout), device=rollout.tokens.device)
-        for reward in answers:
-            values = self._checked(reward, len(rollout), by_name).to(scores)
-            by_name[reward.name] = values
-            if reward.weight:
-                scores = scores + reward.weight * values
-        self.weights = {reward.name: reward.weight for reward in answers}
-        if not any(self.weights.values()):
-            raise RewardError(
-                f"no reward has a weight other than 0 ({', '.join(by_name) or 'none at all'}): there is nothing to "
-                "optimise. Name a reward plugin with a weight in this run."
-            )
-        return by_name, scores
-
-    def _checked(self, reward: Any, rows: int, before: dict[str, Tensor]) -> Tensor:
-        askable = ", ".join(impl.plugin_name for impl in self.hook.rlhf_reward.get_hookimpls())
-        if not isinstance(reward, Reward):
-            raise RewardError(
-                f"a reward plugin (one of: {askable}) returned a {type(reward).__name__}; return "
-                "Reward(name=..., values=tensor of shape [B], weight=...)"
-            )
-        where = f'the reward "{reward.name}"'
-        if reward.name in before:
-            raise RewardError(f"{where} was returned by two plugins (of: {askable}); give one of them another name")
-        if not isinstance(reward.values, Tensor) or reward.values.shape != (rows,):
-            raise RewardError(
-                f"{where} returned {_described(reward.values)}; one number per response was asked: a tensor of "
-                f"shape ({rows},)"
-            )
-        if not math.isfinite(reward.weight):
-            raise RewardError(f"{where} has the weight {reward.weight}; it must be a finite number")
-        values = reward.values.detach().float()
-        if values.isinf().any():
-            row = int(values.isinf().nonzero()[0])
-            raise RewardError(
-                f"{where} returned {values[row]} for sample {row}; return a finite number, or NaN to abstain"
-            )
-        return values
-
     @property
     def _own_values(self) -> bool:
         """Whether the values that a plugin needs come with the policy's own forward."""
@@ -295,17 +280,17 @@ class Engine:
     def _of_policy(self, rollout: Rollout) -> dict[str, Tensor]:
         """The columns that take a forward of the policy: one gives them all."""
         assert self.models.policy is not None
-        heads = self.models.policy(*_sequence(rollout))
+        heads = heads_of(self.models.policy, *_sequence(rollout))
         columns = {"old_logp": self._logp(heads, rollout)} if "old_logp" in self.needs else {}
         return columns | ({"values": self._values(heads, rollout)} if self._own_values else {})
 
     def _of_reference(self, rollout: Rollout) -> dict[str, Tensor]:
         assert self.models.reference is not None
-        return {"ref_logp": self._logp(self.models.reference(*_sequence(rollout)), rollout)}
+        return {"ref_logp": self._logp(heads_of(self.models.reference, *_sequence(rollout)), rollout)}
 
     def _of_critic(self, rollout: Rollout) -> dict[str, Tensor]:
         assert self.models.critic is not None
-        return {"values": self._before_tokens(self.models.critic(*_sequence(rollout)), rollout)}
+        return {"values": self._before_tokens(values_of(self.models.critic, *_sequence(rollout)), rollout)}
 
     def _logp(self, heads: Heads, rollout: Rollout) -> Tensor:
         start = rollout.prompt_tokens.shape[1] - 1
@@ -386,10 +371,6 @@ def combine(parts: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, float]:
     }
 
 
-def _described(answer: Any) -> str:
-    return f"a tensor of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
-
-
 def _place(ask: pluggy.HookCaller) -> str:
     return f"{ask.name} (answered by {', '.join(impl.plugin_name for impl in reversed(ask.get_hookimpls()))})"
 
@@ -398,7 +379,7 @@ def _per_token(answer: Any, rollout: Rollout, ask: pluggy.HookCaller) -> Tensor:
     """The answer of a hook, which must have one number per response token."""
     if not isinstance(answer, Tensor) or answer.shape != rollout.mask.shape:
         raise PluginError(
-            f"{_place(ask)} returned {_described(answer)}; one number per token was asked: a tensor of shape "
+            f"{_place(ask)} returned {described(answer)}; one number per token was asked: a tensor of shape "
             f"{tuple(rollout.mask.shape)}"
         )
     return answer
@@ -408,9 +389,9 @@ def ask_loss(ask: pluggy.HookCaller, **arguments: Any) -> Loss:
     """The answer of a hook, which must be a `Loss` with a scalar value."""
     answer = ask(**arguments)
     if not isinstance(answer, Loss):
-        raise PluginError(f"{_place(ask)} returned {_described(answer)}; return Loss(value=..., metrics={{...}})")
+        raise PluginError(f"{_place(ask)} returned {described(answer)}; return Loss(value=..., metrics={{...}})")
     if answer.value.dim():
-        raise PluginError(f"{_place(ask)} returned a Loss of {_described(answer.value)}; its value must be a scalar")
+        raise PluginError(f"{_place(ask)} returned a Loss of {described(answer.value)}; its value must be a scalar")
     return answer
 
 

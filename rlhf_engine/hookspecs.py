@@ -12,7 +12,8 @@ There are three kinds of hooks.
 * Around a hook of either kind a plugin can put a **wrapper**: `@hookimpl(wrapper=True)`, a generator that
   yields once to get the inner answer and returns its own (`kl_penalty` stands around `rlhf_token_rewards` so).
 
-An exception that a plugin raises stops the run with the plugin's name, the hook's name and the exception.
+An exception that a plugin raises stops the run with the plugin's name, the hook's name and the exception. Only a
+reward may be allowed to fail: `rlhf_engine.RewardOptions` say how.
 """
 
 from __future__ import annotations
@@ -155,7 +156,8 @@ def rlhf_reward(rollout: Rollout, prompts: list[Prompt], texts: list[str], model
     tokens), to `prompts[i]`; `rollout` has the tokens.
 
     NaN abstains: such a row is left out of this step's baselines and gets no gradient. A weight of 0 makes the
-    reward a metric only.
+    reward a metric only. A plain function will do (`rlhf_engine.reward`). If the options of this reward say so, it is
+    asked in parts, again, on a thread or in another process; wrappers stand around the answers of all rewards.
     """
     raise NotImplementedError
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from rlhf_engine.checkpoint import DamagedCheckpoint, text_hash, verify_folder
-from rlhf_engine.config import ConfigError, RunFile, did_you_mean
-from rlhf_engine.manager import PluginError, candidates, load_plugins, manager, require, stages
+from rlhf_engine.config import ConfigError, RunFile
+from rlhf_engine.manager import PluginError, distribution, load_plugins, manager, require, stages, unknown_stage
 
 __all__ = ["Run", "log"]
 
@@ -41,11 +41,7 @@ class Run:
         found = stages(self.manager)
         for name in file.options.stages:
             if name not in found:
-                known = sorted({*found, *candidates("rlhf_stages")})
-                raise PluginError(
-                    f'{file.path}: no plugin of this run brings a stage named "{name}".{did_you_mean(name, known)} '
-                    f"Known stages: {', '.join(known)}. The plugin that brings another one must stand in [run] plugins."
-                )
+                raise PluginError(f"{file.path}: {unknown_stage(name, found)}")
             require(self.manager, found[name].requires, by=f"the stage {name}")
         self.stages = {name: found[name] for name in file.options.stages}
 
@@ -111,7 +107,11 @@ class Run:
                     f"folder (--set run.folder=...), or delete {self.folder} to begin again."
                 )
             return
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "plugins": {name: brought_by for name in self.plugins if (brought_by := distribution(name))},
+        }
         document = {"config": self.config, "config_hash": self.config_hash, "versions": versions}
         staged = path.with_name(".run.json")
         staged.write_text(json.dumps(document, indent=1), "utf-8")

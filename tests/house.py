@@ -16,6 +16,9 @@ WRAPPED_BY = {
     "triton": ("rlhf_kernels/_triton/",),
     "transformers": ("plugins/hf/", "rlhf_engine/embed/trainer.py"),
     "tokenizers": ("plugins/hf/",),
+    "tensorboard": ("plugins/tensorboard/",),
+    "torch.utils.tensorboard": ("plugins/tensorboard/",),
+    "trackio": ("plugins/trackio/",),
     "trl": ("rlhf_engine/embed/trl.py",),
     "accelerate": (),  # a loop with accelerate calls the engine, see examples/accelerate_loop.py
 }
@@ -23,9 +26,9 @@ WRAPPED_BY = {
 # Top to bottom: a module imports only from its own row or from rows after it.
 ROWS = {
     "rlhf_engine": (
-        *("__main__", "cli", "__init__"),
-        *("embed", "plan", "stages", "engine", "run", "manager", "defaults", "rewards"),
-        *("hookspecs", "checkpoint", "state", "config", "models", "split"),
+        *("__main__", "cli", "templates", "__init__"),
+        *("embed", "plan", "new", "doctor", "stages", "engine", "run", "worker", "manager", "defaults", "rewards"),
+        *("heads", "hookspecs", "checkpoint", "state", "config", "models", "split"),
         "batch",
     ),
     "rlhf_kernels": (

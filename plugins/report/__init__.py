@@ -19,7 +19,7 @@ from rlhf_engine.checkpoint import write_folder
 from rlhf_engine.config import ConfigError
 from rlhf_engine.engine import needs
 from rlhf_engine.run import Run
-from rlhf_engine.stages.rl import ROUNDING
+from rlhf_engine.stages.figures import ROUNDING
 
 from .baseline import bag_of_words_accuracy
 from .plot import draw

@@ -7,8 +7,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from rlhf_engine.config import ConfigError, RunFile, build, table_name
-from rlhf_engine.manager import load
+from rlhf_engine.config import ConfigError, RunFile, table_name
+from rlhf_engine.manager import load, make
 from rlhf_engine.plan.architecture import Architecture, find_architecture
 
 __all__ = ["Job", "job_of", "model_of"]
@@ -105,4 +105,4 @@ def model_of(file: RunFile) -> Architecture:
 
 def _built(file: RunFile, name: str) -> Any:
     table = table_name(name)
-    return build(load(name), file.tables.get(table, {}), where=f"{file.path}: [{table}]")
+    return make(load(name), file.tables.get(table, {}), where=f"{file.path}: [{table}]")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,19 +10,22 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from rlhf_engine.batch import Batch, Prompt, Rollout, Scored
-from rlhf_engine.checkpoint import folder_hash, load_rng, rng_state
-from rlhf_engine.engine import Engine, combine, needs, refuse_single_samples
+from rlhf_engine.batch import Prompt
+from rlhf_engine.checkpoint import folder_hash
+from rlhf_engine.config import build
+from rlhf_engine.engine import Engine, needs, refuse_single_samples
 from rlhf_engine.hookspecs import Stage, hookimpl
 from rlhf_engine.models import Models
-from rlhf_engine.run import Run, log
+from rlhf_engine.rewards import NothingJudged, RewardOptions, Rewards
+from rlhf_engine.run import Run
+from rlhf_engine.stages.figures import evaluate, step_metrics
 from rlhf_engine.stages.pretrain import save_result
 from rlhf_engine.stages.resumable import Resumable, linear_to_zero
-from rlhf_kernels import kl_estimate, masked_mean
 
 __all__ = ["RL"]
 
-ROUNDING = 1e-4  # nats per token
+LOST_IN_A_ROW = 3
+FAILURES = "failures.jsonl"
 
 
 @dataclass(eq=False)
@@ -55,6 +58,13 @@ class RL:
     """held-out prompts that the policy answers before and after"""
     checkpoint_every: PositiveInt = 50
     """optimizer steps between checkpoints, which may fall inside a cycle"""
+    rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """[rl.rewards.NAME] tables, by reward plugin: what happens when it fails (the fields of RewardOptions)"""
+
+    def __post_init__(self) -> None:
+        self.reward_options = {
+            name: build(RewardOptions, table, where=f"[rl.rewards.{name}]") for name, table in self.rewards.items()
+        }
 
     @hookimpl
     def rlhf_stages(self) -> dict[str, Stage]:
@@ -70,10 +80,18 @@ class RL:
 
     @hookimpl
     def rlhf_run_started(self, run: Run) -> None:
-        refuse_single_samples(run.manager, self.samples_per_prompt)  # now, and not after the stages before this one
+        # Now, and not after the stages before this one.
+        refuse_single_samples(run.manager, self.samples_per_prompt)
+        Rewards(run.hook.rlhf_reward, self.reward_options)
 
     def work(self, run: Run) -> Path:
         engine = self._engine(run)
+        try:
+            return self._learn(run, engine)
+        finally:
+            engine.close()
+
+    def _learn(self, run: Run, engine: Engine) -> Path:
         prompts, heldout = self._prompts(run, engine.models)
         state = self._state(run, engine)
         at, optimizer = state.position, state.optimizer
@@ -82,12 +100,8 @@ class RL:
             at["before"] = evaluate(engine, heldout, seed=run.seed)
 
         while at["step"] < self.steps:
-            if state.batch is None:
-                asked = self._next_prompts(prompts, at, run.seed)
-                rollout = engine.generate(asked)
-                state.batch = engine.experience(rollout[torch.randperm(len(rollout))], asked)
-                at.update(order=self._order(len(state.batch)), update=0, metrics=[])
-                state.tick()
+            if state.batch is None and not self._experience(run, engine, prompts, state):
+                continue
             linear_to_zero(optimizer, at["step"], self.steps)
             while at["update"] < len(at["order"]):
                 minibatch = state.batch[at["order"][at["update"]]]
@@ -98,13 +112,46 @@ class RL:
             run.step_end("rl", at["step"], self.steps, step_metrics(engine, state.batch, at["metrics"]))
             state.batch = None
 
-        run.say(f"rl: the trained policy answers the same {len(heldout)} prompts")
-        results = {"before": at["before"], "after": evaluate(engine, heldout, seed=run.seed)}
+        if at["after"] is None:
+            run.say(f"rl: the trained policy answers the same {len(heldout)} prompts")
+            engine.rewards.journal.step = None
+            at["after"] = evaluate(engine, heldout, seed=run.seed)
+        results = {"before": at["before"], "after": at["after"]}
+        results |= {"rewards": engine.rewards.summary(), "lost_cycles": at["lost"]}
+        say_failures(run, engine)
         models = engine.models
         return state.finish(lambda folder: save_result(folder, models.policy, models.tokenizer, results))
 
+    def _experience(self, run: Run, engine: Engine, prompts: list[Prompt], state: Resumable) -> bool:
+        """Make the experience of a cycle. If no sample was judged it is lost, and the next prompts are asked instead.
+
+        Raises NothingJudged for one lost cycle too many in a row.
+        """
+        at = state.position
+        engine.rewards.journal.step = at["step"] + 1
+        asked = self._next_prompts(prompts, at, run.seed)
+        rollout = engine.generate(asked)
+        try:
+            batch = engine.experience(rollout[torch.randperm(len(rollout))], asked)
+        except NothingJudged as error:
+            at.update(lost=at["lost"] + 1, lost_in_a_row=at["lost_in_a_row"] + 1)
+            if at["lost_in_a_row"] > LOST_IN_A_ROW:
+                error.add_note(
+                    f"This was cycle {at['lost_in_a_row']} in a row without a judged sample; more than {LOST_IN_A_ROW} "
+                    f"stop the run. {run.folder / FAILURES} says why, if a reward failed. Mend that, then run the same "
+                    "command again: it goes on from its last checkpoint."
+                )
+                raise
+            run.say(f"rl: a cycle for step {at['step'] + 1} is lost, and begun again with the next prompts: {error}")
+            state.tick()
+            return False
+        state.batch = batch
+        at.update(order=self._order(len(batch)), update=0, metrics=[], lost_in_a_row=0)
+        state.tick()
+        return True
+
     def _engine(self, run: Run) -> Engine:
-        return Engine(
+        engine = Engine(
             run.manager,
             run.hook.rlhf_models(run=run, stage="rl", needs=needs(run.manager)),
             temperature=self.temperature,
@@ -112,13 +159,16 @@ class RL:
             samples_per_prompt=self.samples_per_prompt,
             rows_per_forward=self.rows_per_forward or self.minibatch_size,
             missing_end_score=self.missing_end_score,
+            reward_options=self.reward_options,
         )
+        engine.rewards.journal.file = run.folder / FAILURES
+        return engine
 
     def _state(self, run: Run, engine: Engine) -> Resumable:
         optimizer = run.hook.rlhf_optimizer(
             parameters=engine.parameters(), learning_rate=self.learning_rate, stage="rl"
         )
-        trained: dict[str, Any] = {"policy": engine.models.policy}
+        trained: dict[str, Any] = {"policy": engine.models.policy, "rewards": engine.rewards}
         if "values" in engine.needs and engine.models.critic is not None:
             trained["critic"] = engine.models.critic
         reference = run.result("pretrain")
@@ -127,7 +177,17 @@ class RL:
             "rl",
             models=trained,
             optimizer=optimizer,
-            position={"step": 0, "cursor": 0, "update": 0, "order": [], "metrics": [], "before": None},
+            position={
+                "step": 0,
+                "cursor": 0,
+                "update": 0,
+                "order": [],
+                "metrics": [],
+                "before": None,
+                "after": None,
+                "lost": 0,
+                "lost_in_a_row": 0,
+            },
             every=self.checkpoint_every,
             built_from=folder_hash(reference) if reference else "",
         )
@@ -179,100 +239,10 @@ def refuse_unanswerable(models: Models, prompts: list[Prompt], response_length: 
             )
 
 
-@torch.no_grad()
-def evaluate(engine: Engine, prompts: list[Prompt], *, seed: int) -> dict[str, Any]:
-    """Answer prompts, and say how the rewards judge the answers. Leaves the run's random numbers as they were."""
-    before = rng_state()
-    torch.manual_seed(seed)
-    rollout = engine.generate(prompts, samples_per_prompt=1)
-    scored = engine.score(rollout, prompts)
-    load_rng(before)
-
-    def judged(values: Tensor, weight: float) -> dict[str, float]:
-        values = values[~values.isnan()]  # a metric may abstain on some
-        return {"mean": float(values.mean()), "std": float(values.std()), "weight": weight}
-
-    rewards = {name: judged(values, engine.weights[name]) for name, values in scored.rewards_by_name.items()}
-    figures = sequence_metrics(scored)
-    return {
-        "score": judged(scored.scores, 1.0),
-        "rewards": rewards,
-        **figures,
-        "samples": samples(engine, rollout),
-    }
-
-
-def samples(engine: Engine, rollout: Rollout) -> list[dict[str, str]]:
-    """Prompts and responses as text."""
-    rows = zip(rollout.prompt_tokens.tolist(), rollout.prompt_mask.tolist(), strict=True)
-    prompts = engine.models.tokenizer.decode([[t for t, c in zip(*row, strict=True) if c] for row in rows])
-    responses = engine.texts(rollout)
-    return [{"prompt": p, "response": r} for p, r in zip(prompts, responses, strict=True)]
-
-
-def sequence_metrics(scored: Scored) -> dict[str, float]:
-    """What can be said of sampled sequences: their KL from the reference (nats per sequence), length, entropy."""
-    lengths = scored.mask.sum(1).float()
-    metrics = {
-        "length": lengths.mean(),
-        "truncated": (~scored.ended).float().mean(),
-        # The mean surprise of sampled tokens is an unbiased estimate of the entropy, and costs nothing.
-        "entropy": -masked_mean(scored.old_logp, scored.mask),
-    }
-    if scored.ref_logp is not None:
-        estimates = {
-            "kl": kl_estimate(scored.old_logp, scored.ref_logp, kind="k1"),
-            "kl_k3": kl_estimate(scored.old_logp, scored.ref_logp, kind="k3"),
-        }
-        for name, per_token in estimates.items():
-            metrics[name] = per_token.masked_fill(~scored.mask, 0.0).sum(1).mean()
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def step_metrics(engine: Engine, batch: Batch, updates: list[dict[str, float]]) -> dict[str, Any]:
-    """Everything there is to log of one cycle: its experience, its updates together, and a few samples."""
-    first = updates[0].get("approx_kl", 0.0)
-    sampler = float(masked_mean(kl_estimate(batch.logp, batch.old_logp, kind="k3"), batch.mask))
-    # Both sides of the first come from one forward if "old_logp" is needed; a sampler's arithmetic may differ.
-    warn_if_off_policy(first, 0.0 if "old_logp" in engine.needs else ROUNDING, "the first minibatch of a cycle")
-    warn_if_off_policy(sampler, ROUNDING, "the sampler")
-    return {
-        **rollout_metrics(batch),
-        **combine([(1, update) for update in updates]),
-        "first_approx_kl": first,
-        "sampler_kl": sampler,
-        "samples": samples(engine, batch[:3]),
-    }
-
-
-def rollout_metrics(batch: Batch) -> dict[str, float]:
-    """The figures of one cycle's experience: scores before and after shaping, returns, and the critic's error."""
-    metrics = {
-        "score": batch.scores.mean(),
-        "score_std": batch.scores.std(unbiased=False),
-        **{f"score/{name}": values.nanmean() for name, values in batch.rewards_by_name.items()},
-        "reward": batch.rewards.sum(1).mean(),
-    }
-    target = batch.returns[batch.mask]
-    metrics["return"] = target.mean()
-    if batch.values is not None:
-        error = target - batch.values[batch.mask]
-        metrics["value_error"] = error.square().mean()
-        metrics["explained_variance"] = 1 - error.var(unbiased=False) / target.var(unbiased=False).clamp(min=1e-12)
-    return {
-        **{name: float(value) for name, value in metrics.items()},
-        **sequence_metrics(batch),
-        "episodes": len(batch),
-    }
-
-
-def warn_if_off_policy(kl: float, allowed: float, whose: str) -> None:
-    """Before any update of a cycle the policy is the sampler: the KL between them is 0, or something is off."""
-    if not kl <= allowed:
-        log.warning(
-            "%s has an approximate KL of %.3g nats per token from the policy (allowed: %g): the two disagree about "
-            "log-probs. Look for dropout, another temperature, or weights changed in between.",
-            whose,
-            kl,
-            allowed,
-        )
+def say_failures(run: Run, engine: Engine) -> None:
+    """Tell of every reward that did not judge everything."""
+    for name, counts in engine.rewards.summary().items():
+        told = ", ".join(f"{what.replace('_', ' ')} {number}" for what, number in counts.items() if number)
+        run.say(f"rl: the reward {name}: {told}")
+    if (run.folder / FAILURES).exists():
+        run.say(f"rl: every failure of a reward stands in {run.folder / FAILURES}")

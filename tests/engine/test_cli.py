@@ -16,7 +16,7 @@ import pytest
 import rich
 from rich.console import Console
 
-from rlhf_engine import Document, cli, hookimpl
+from rlhf_engine import Document, hookimpl
 from rlhf_engine import run as run_module
 from rlhf_engine.cli import main
 from rlhf_engine.manager import installed
@@ -97,6 +97,23 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "my_reward:Mine" in done.stdout
+
+
+def test_modules_are_looked_for_beside_the_run_file_first(
+    rlhf: Rlhf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the command is given; then in the current folder."""
+    for folder, module, weight in (("runs", "beside", 1), ("here", "beside", 2), ("here", "around", 3)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"{module}_the_run.py").write_text(
+            f"from rlhf_engine import hookimpl\nclass Mine{weight}:\n    @hookimpl\n    def rlhf_reward(self): ...\n"
+        )
+    plugins = ["tests.toys:World", "grpo", "beside_the_run:Mine1", "around_the_run:Mine3"]
+    path = run_file(tmp_path / "runs", run={"stages": ["rl"], "plugins": plugins})
+    monkeypatch.chdir(tmp_path / "here")
+    status, out, err = rlhf("plugins", Path("..") / "runs" / path.name)
+    assert (status, err) == (0, "")
+    assert "around_the_run:Mine3, beside_the_run:Mine1" in out
 
 
 def test_it_says_how_to_use_it(rlhf: Rlhf) -> None:
@@ -188,7 +205,7 @@ def test_what_a_message_says_is_not_taken_for_markup(rlhf: Rlhf, tmp_path: Path)
 def test_plugins_shows_what_is_installed_and_what_each_answers(rlhf: Rlhf, monkeypatch: pytest.MonkeyPatch) -> None:
     few = {name: entry for name, entry in installed().items() if name in ("ppo", "kl_penalty")}
     few["half_done"] = EntryPoint("half_done", "no_such_module:X", "rlhf_engine")
-    monkeypatch.setattr(cli, "installed", lambda: few)
+    monkeypatch.setattr("rlhf_engine.doctor.installed", lambda: few)
     monkeypatch.setattr("rlhf_engine.manager.installed", lambda: few)
     status, out, _ = rlhf("plugins")
     rows = {cells[1].strip(): cells for cells in (line.split("│") for line in out.splitlines()) if len(cells) > 3}
@@ -196,7 +213,7 @@ def test_plugins_shows_what_is_installed_and_what_each_answers(rlhf: Rlhf, monke
     assert "rlhf_needs, rlhf_advantages, rlhf_loss" in rows["ppo"][3]
     assert "rlhf-engine" in rows["ppo"][2]
     assert "rlhf_token_rewards (wraps)" in rows["kl_penalty"][3]
-    assert "does not load: No module named 'no_such_module'" in rows["half_done"][3]
+    assert "does not load: ModuleNotFoundError: No module named 'no_such_module'" in rows["half_done"][3]
 
 
 def test_plugins_of_a_run_file_shows_who_won_each_hook(rlhf: Rlhf, tmp_path: Path) -> None:
@@ -217,6 +234,46 @@ def test_plugins_of_a_run_file_shows_who_won_each_hook(rlhf: Rlhf, tmp_path: Pat
 def test_plugins_refuses_a_run_file_as_run_does(rlhf: Rlhf, tmp_path: Path) -> None:
     path = run_file(tmp_path, run={"plugins": ["grop"]})
     assert rlhf("plugins", path) == rlhf("run", path)
+
+
+def test_the_doctor_says_well_or_numbers_the_faults(
+    rlhf: Rlhf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {name: entry for name, entry in installed().items() if name in ("pretrain", "reward", "rl", "grpo")}
+    for module in ("manager", "doctor"):
+        monkeypatch.setattr(f"rlhf_engine.{module}.installed", lambda: few)
+    status, out, err = rlhf("plugins", "doctor", run_file(tmp_path))
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1] == f"{tmp_path / 'run.toml'}: well"
+    status, out, err = rlhf("plugins", "doctor", tmp_path / "run.toml", "--set", "grpo.clp=1", "--set", "rl.stebs=1")
+    assert (status, err) == (1, "")
+    numbered = [line for line in out.splitlines() if line[:3] in ("1. ", "2. ")]
+    assert "unknown key 'stebs'" in numbered[0] and "unknown key 'clp'" in numbered[1]
+    assert out.splitlines()[-1].endswith("2 faults")
+    assert not (tmp_path / "out").exists()
+
+
+def test_plugins_says_how_to_use_it(rlhf: Rlhf, tmp_path: Path) -> None:
+    out = rlhf("plugins", "--help")[1]
+    assert "rlhf plugins [FILE]" in out and "doctor" in out and "show" in out
+    path = run_file(tmp_path)
+    assert rlhf("plugins", "show", path) == rlhf("plugins", path)
+    assert rlhf("plugins", "--set", "rl.steps=3", path) == rlhf("plugins", path)
+
+
+def test_new_writes_a_package_or_says_why_not(rlhf: Rlhf, tmp_path: Path) -> None:
+    status, out, err = rlhf("new", "tracker", "my_tracker", "--folder", tmp_path / "far")
+    package = tmp_path / "far" / "my_tracker"
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [
+        f"{package}: README.md, my_tracker.py, pyproject.toml, test_my_tracker.py",
+        f"Now: pip install --editable {package} && python -m pytest {package}",
+    ]
+    status, out, err = rlhf("new", "tracker", "my_tracker", "--folder", tmp_path / "far")
+    assert (status, out) == (2, "")
+    assert err == f"error: {package} exists: take another name, or another place with --folder\n"
+    status, _, err = rlhf("new", "rewards", "mine")
+    assert status == 2 and "'rewards' is not one of" in err
 
 
 def test_an_interrupted_run_is_no_error(rlhf: Rlhf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

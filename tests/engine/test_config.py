@@ -15,7 +15,7 @@ SOUND = """
 [run]
 folder = "runs/x"
 stages = ["rl"]
-plugins = ["ppo", "my_package.rewards:Brevity", "ppo"]
+plugins = ["ppo", "my_package.rewards:Brevity"]
 
 [ppo]
 clip = 0.3
@@ -44,7 +44,7 @@ def test_a_sound_file_is_read(tmp_path: Path) -> None:
     assert file.options.model_dump() == {
         "folder": "runs/x",
         "stages": ["rl"],
-        "plugins": ["ppo", "my_package.rewards:Brevity", "ppo"],
+        "plugins": ["ppo", "my_package.rewards:Brevity"],
         "seed": 0,
         "threads": 0,
     }
@@ -67,6 +67,8 @@ def test_a_sound_file_is_read(tmp_path: Path) -> None:
         (SOUND.replace('["rl"]', "[]"), "stages = []: List should have at least 1 item"),
         (SOUND.replace('["rl"]', '"rl"'), "stages = 'rl': Input should be a valid array"),
         (SOUND.replace('["rl"]', "[3]"), "stages.0 = 3: Input should be a valid string"),
+        (SOUND.replace("Brevity", 'Brevity", "ppo'), "'ppo']: \"ppo\" stands here twice; name it once"),
+        (SOUND.replace('["rl"]', '["rl", "rl"]'), "stages = ['rl', 'rl']: \"rl\" stands here twice; name it once"),
         (SOUND.replace("[ppo]", "seed = -1\n[ppo]"), "seed = -1: Input should be greater than or equal to 0"),
         (SOUND.replace("[ppo]", "seed = 1.5\n[ppo]"), "seed = 1.5: Input should be a valid integer"),
         (SOUND.replace("[ppo]", "seed = true\n[ppo]"), "seed = True: Input should be a valid integer"),

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from rlhf_engine import Batch, Engine, FunctionReward, Heads, Loss, Models, Output, Prompt, Reward, Rollout, hookimpl
 from rlhf_engine import manager as manager_module
-from rlhf_engine.engine import RewardError, combine, with_totals
+from rlhf_engine.engine import combine, with_totals
 from rlhf_engine.manager import PluginError
+from rlhf_engine.rewards import RewardError
 from rlhf_kernels import Advantages
 from rlhf_plugins.grpo import GRPO
 from rlhf_plugins.kl_penalty import KLPenalty
@@ -281,7 +282,7 @@ def test_every_row_is_judged_with_its_own_prompt() -> None:
         ([says(Reward(name="x", values=torch.tensor(1.0)))], r'reward "x" returned a tensor of shape \(\)'),
         ([says(Reward(name="x", values=[1.0, 2.0]))], 'reward "x" returned a list; one number per response'),  # type: ignore[arg-type]
         ([says(torch.ones(2))], r"returned a Tensor; return Reward\(name=\.\.\., values=tensor of shape \[B\]"),
-        ([says(1.5)], r"a reward plugin \(one of: Says\) returned a float"),
+        ([says(1.5)], "the reward plugin Says returned a float"),
         ([says([0.0, math.inf])], 'reward "x" returned inf for sample 1; return a finite number, or NaN to abstain'),
         ([says([-math.inf, 0.0])], 'reward "x" returned -inf for sample 0'),
         ([says([1.0, 1.0], weight=math.nan)], 'reward "x" has the weight nan; it must be a finite number'),
@@ -303,7 +304,9 @@ def test_a_reward_that_raises_is_named() -> None:
 
     with pytest.raises(ZeroDivisionError) as caught:
         engine(Constant(), FunctionReward(broken)).score(written(["a"], ["."]), PROMPTS)
-    assert caught.value.__notes__[0].startswith("raised in FunctionReward.rlhf_reward (rewards.py, line ")
+    (note,) = caught.value.__notes__
+    assert note.startswith("The reward plugin broken failed in rlhf_reward (test_engine.py, line ")
+    assert "on sample 0 of 1 (prompt 'ab', response ''). Mend it, or let it abstain" in note
 
 
 def test_a_row_that_a_reward_abstains_from_is_left_out_and_never_0() -> None:
@@ -355,8 +358,8 @@ def test_a_plain_function_is_a_reward() -> None:
 
     scored = engine(Constant(), FunctionReward(Judge())).score(written(["a"], ["ab"]), PROMPTS)
     assert {name: values.tolist() for name, values in scored.rewards_by_name.items()} == {"Judge": [2.0]}
-    with pytest.raises(TypeError, match=r"reward function <lambda> asks for 'text'; offered: texts, prompts"):
-        FunctionReward(lambda text: [1.0])
+    with pytest.raises(TypeError, match=r"reward function <lambda> asks for 'words'; offered: texts, prompts"):
+        FunctionReward(lambda words: [1.0])
 
 
 # ------------------------------------------------------------------------------------ what the models are asked

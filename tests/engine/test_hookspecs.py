@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf_engine import hookspecs
+from rlhf_engine import hookimpl, hookspecs
 from rlhf_engine.config import read_run_file
 from rlhf_engine.manager import manager
 from rlhf_engine.run import Run
@@ -70,8 +70,15 @@ def test_a_run_that_is_interrupted_and_resumed_calls_every_hook(
 ) -> None:
     called: set[str] = set()
 
+    class AroundRewards:  # the engine asks these one by one, inside their wrappers
+        @hookimpl(wrapper=True)
+        def rlhf_reward(self) -> Generator[None, Any, Any]:
+            called.add("rlhf_reward")
+            return (yield)
+
     def watched() -> Run:
         run = Run(read_run_file(run_file(tmp_path)))
+        run.manager.register(AroundRewards())
         run.manager.add_hookcall_monitoring(lambda name, *_: called.add(name), lambda *_: None)
         return run
 

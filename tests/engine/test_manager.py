@@ -8,7 +8,7 @@ import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import wraps
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from rlhf_engine.manager import (
     PluginError,
     answers,
     candidates,
+    distribution,
+    faults,
     installed,
     load,
     load_plugins,
@@ -75,7 +77,8 @@ def test_a_name_that_is_not_installed_is_refused_with_the_nearest_one() -> None:
     [
         ("no_such_module:Reward", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("tests.toys:Contu", "AttributeError: module 'tests.toys' has no attribute 'Contu'"),
-        ("tests.toys:written", "is a function; it must be a class"),
+        ("tests.toys:written", "the reward function written asks for 'responses'"),
+        ("tests.toys:LETTERS", "is a str; it must be a class, or a reward function"),
         ("tests.engine.broken_plugin:Anything", "No module named 'tests.engine.broken_plugin'"),
     ],
 )
@@ -91,6 +94,9 @@ def test_a_module_that_fails_while_it_is_imported_is_named(tmp_path: Path, monke
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(PluginError, match='the plugin "half_done_plugin:X" cannot be loaded: ZeroDivisionError'):
         load("half_done_plugin:X")
+    (tmp_path / "leaving_plugin.py").write_text("raise SystemExit('no GPU here')")
+    with pytest.raises(PluginError, match='"leaving_plugin:X" cannot be loaded: SystemExit: no GPU here'):
+        load("leaving_plugin:X")
 
 
 def test_two_packages_with_one_plugin_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +113,21 @@ def test_a_table_for_a_plugin_that_the_run_does_not_name_is_refused(tmp_path: Pa
     file = read_run_file(run_file(tmp_path, run={"stages": ["rl", "sft"]}, **{table: {"clip": 0.1}}))
     with pytest.raises(ConfigError, match=rf"run\.toml: the table \[{table}\] is for no plugin that \[run\] names"):
         load_plugins(file)
+
+
+def test_a_misspelt_stage_is_told_where_its_table_is_refused(tmp_path: Path) -> None:
+    file = read_run_file(run_file(tmp_path, run={"stages": ["reward", "rll"]}, rl={"steps": 1}))
+    with pytest.raises(
+        ConfigError, match=r'\[rl\] is for no plugin .* "rll" is no installed plugin. Did you mean "rl"'
+    ):
+        load_plugins(file)
+
+
+def test_a_plugins_package_is_named_with_its_version() -> None:
+    assert distribution("ppo") == f"rlhf-engine {version('rlhf-engine')}"
+    assert distribution("transformers.models:Any") == f"transformers {version('transformers')}"
+    # A module that only bears the name of an installed one, a module of the standard library, and none at all.
+    assert [distribution(name) for name in ("tests.toys:World", "json:X", "no_such_module:X", "pppo")] == [""] * 4
 
 
 def test_a_table_belongs_to_the_class_of_a_path(tmp_path: Path) -> None:
@@ -233,6 +254,38 @@ class NotAGenerator:
 )
 def test_a_plugin_that_would_do_nothing_or_something_else_is_refused(plugin: Any, wanted: str) -> None:
     assert wanted in refusal(plugin)
+
+
+class Sloppy:
+    """All of it in one plugin, and a right answer under another name, beside what must not be run to be looked at."""
+
+    rlhf_reward = WrongArgument.rlhf_reward
+    rlhf_rewards = Wrong.rlhf_rewards
+    rlhf_token_rewards = NotAGenerator.rlhf_token_rewards
+
+    @hookimpl(specname="rlhf_save")
+    def keep(self, folder: Path) -> None: ...
+
+    @hookimpl(specname="rlhf_lode")
+    def bring_back(self, folder: Path) -> None: ...
+
+    def rlhf_advantages(self) -> None: ...
+
+    @property
+    def trap(self) -> None:
+        raise RuntimeError("looked at")
+
+
+def test_all_faults_of_a_plugin_are_told_at_once() -> None:
+    beginnings = {fault.partition(": ")[0].partition("(")[0] for fault in faults(Sloppy(), "sloppy")}
+    assert beginnings == {
+        "sloppy.rlhf_advantages would never be called",
+        "sloppy.rlhf_reward",
+        "sloppy.rlhf_rewards",
+        "sloppy.bring_back",
+        "sloppy",  # NotAGenerator's, in pluggy's words
+    }
+    assert list(faults(Count(), "count")) == []
 
 
 def test_the_engine_refuses_all_this_at_construction() -> None:

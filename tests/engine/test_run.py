@@ -8,6 +8,7 @@ import math
 import random
 import shutil
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def test_the_stages_run_in_order_and_leave_results(tmp_path: Path, caplog: pytes
     assert document["config"]["rl"]["epochs"] == 2
     assert document["config_hash"] == run.config_hash
     assert document["versions"]["torch"] == torch.__version__
+    engine = f"rlhf-engine {version('rlhf-engine')}"
+    assert document["versions"]["plugins"] == dict.fromkeys(["pretrain", "reward", "rl", "grpo"], engine)
 
 
 def bits(folder: Path) -> dict[str, bytes]:
@@ -214,8 +217,10 @@ def test_a_stage_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def few_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the test the import of every installed plugin."""
-    monkeypatch.setattr("rlhf_engine.run.candidates", lambda hook: ["pretrain", "reward", "rl"])
-    monkeypatch.setattr("rlhf_engine.manager.candidates", lambda hook: ["somebody"])
+    stages = ["pretrain", "reward", "rl"]
+    monkeypatch.setattr(
+        "rlhf_engine.manager.candidates", lambda hook: stages if hook == "rlhf_stages" else ["somebody"]
+    )
 
 
 @pytest.mark.usefixtures("few_stages")

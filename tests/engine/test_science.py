@@ -29,7 +29,8 @@ from rlhf_engine.config import read_run_file
 from rlhf_engine.defaults import PlainSampler
 from rlhf_engine.manager import manager
 from rlhf_engine.run import Run
-from rlhf_engine.stages.rl import RL, rollout_metrics, sequence_metrics
+from rlhf_engine.stages.figures import rollout_metrics, sequence_metrics
+from rlhf_engine.stages.rl import RL
 from rlhf_plugins.grpo import GRPO
 from rlhf_plugins.kl_penalty import KLPenalty
 from rlhf_plugins.ppo import PPO
