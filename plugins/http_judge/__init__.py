@@ -120,9 +120,10 @@ class HTTPJudge:
                     call.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # those in flight come to their end
-                self._judged = answers
+                self._judged |= answers
                 raise
-        self._judged = {}
+        for question in answers:
+            self._judged.pop(question, None)
         return answers
 
     def _score(self, answer: str) -> float:

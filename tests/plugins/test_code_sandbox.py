@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import socket
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -55,9 +56,9 @@ def alive(mark: str) -> list[str]:
     return found
 
 
-def gone(mark: str) -> bool:
+def gone(mark: str, *, seconds: float = 2) -> bool:
     """Whether they all end, which the kernel may take a moment for."""
-    end = time.monotonic() + 2
+    end = time.monotonic() + seconds
     while alive(mark) and time.monotonic() < end:
         time.sleep(0.01)
     return not alive(mark)
@@ -217,6 +218,25 @@ def test_its_children_end_with_it(walls: Walls, session: str) -> None:
     assert gone(mark)
     assert run(walls, code + "\nimport time; time.sleep(60)", seconds=0.7) == 0
     assert gone(mark)
+
+
+def test_it_ends_in_time_also_when_the_process_that_started_it_is_killed(walls: Walls) -> None:
+    mark = f"4343{os.getpid()}"
+    # Put together there, so that the starter's own command line has it not.
+    sleeper = f"[sys.executable, '-I', '-c', 'import time; time.sleep(60)', '4343' + '{os.getpid()}']"
+    code = f"import os, sys; os.execv(sys.executable, {sleeper})"
+    start = (
+        f"from rlhf_plugins.code_sandbox.sandbox import *\n"
+        f"passed_tests({walls!r}, {code!r}, ['pass'], seconds=1, memory_mb=256, processes=8)"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", start], cwd=Path(__file__).parents[2])
+    end = time.monotonic() + 20
+    while not alive(mark) and time.monotonic() < end:
+        time.sleep(0.02)
+    starter.kill()
+    starter.wait()
+    assert alive(mark)
+    assert gone(mark, seconds=4)
 
 
 def test_with_namespaces_there_is_no_network_and_no_other_process(walls: Walls) -> None:
