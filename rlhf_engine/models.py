@@ -141,7 +141,8 @@ class Models:
     policy: Policy | None = None
     reference: Policy | None = None
     critic: Critic | None = None
-    reward_model: Critic | None = None
+    reward_model: Critic | list[Critic] | None = None
+    """a list is an ensemble: several models that judge the same, to be combined by the reward that asks them"""
     device: torch.device = torch.device("cpu")
 
     def __post_init__(self) -> None:

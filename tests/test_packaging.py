@@ -96,7 +96,7 @@ def test_the_wheel_says_what_it_needs(distribution: Distribution) -> None:
     core = {line.partition(">")[0] for line in requires if "extra ==" not in line}
     assert core == {"torch", "numpy", "safetensors", "pluggy", "pydantic", "typer", "rich"}
     assert set(distribution.metadata.get_all("Provides-Extra") or []) == {
-        *("triton", "hf", "trl", "tensorboard", "trackio", "demo", "test", "lint", "bench")
+        *("triton", "hf", "lora", "trl", "tensorboard", "trackio", "rewards", "demo", "test", "lint", "bench")
     }
     assert distribution.metadata["License-Expression"] == "Apache-2.0"
     assert "Apache License" in (distribution.read_text("licenses/LICENSE") or "")

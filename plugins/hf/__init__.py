@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlhf_engine.hookspecs import hookimpl
-from rlhf_engine.models import Models
+from rlhf_engine.models import Critic, Models
 
 from .policy import HFPolicy
 from .scalar import HFScalar
@@ -29,7 +30,7 @@ def load_models(
     reference: bool = False,
     critic: bool = False,
     value_head: bool = False,
-    reward_model: Path | str | None = None,
+    reward_model: Path | str | Sequence[Path | str] | None = None,
     device: str | torch.device = "cpu",
 ) -> Models:
     """The models of reinforcement learning, from the Hugging Face folder of a causal language model.
@@ -40,7 +41,8 @@ def load_models(
         critic: also a value model, on the reward model's trunk if there is one, else on the policy's; its head
             is 0, so its first values are.
         value_head: also a value head, at 0, on the policy's own trunk; it serves where there is no critic.
-        reward_model: the folder of a sequence classifier with the same tokenizer, which is frozen.
+        reward_model: the folder of a sequence classifier with the same tokenizer, which is frozen; several: an
+            ensemble, and a critic then takes the first one's trunk.
         device: where the models live.
 
     Raises:
@@ -54,17 +56,22 @@ def load_models(
         models.reference = copy.deepcopy(policy).requires_grad_(False).eval()
     if value_head:
         policy.add_value_head()
-    if reward_model is not None:
-        judge = HFScalar.load_folder(reward_model)
-        if not tokenizer.same_tokens(HFTokenizer.load(reward_model)):
-            raise ValueError(
-                f"the reward model in {reward_model} and the policy in {folder} have different tokenizers: it could "
-                "not read what the policy writes"
-            )
-        models.reward_model = judge.requires_grad_(False).eval().to(device)
+    judges = [reward_model] if isinstance(reward_model, Path | str) else list(reward_model or ())
+    members: list[Critic] = [_reward_model(judge, folder, tokenizer).to(device) for judge in judges]
+    models.reward_model = members[0] if len(members) == 1 else members or None
     if critic:
-        models.critic = HFScalar.on_trunk(reward_model or folder, pad_id=tokenizer.pad_id).to(device)
+        models.critic = HFScalar.on_trunk(judges[0] if judges else folder, pad_id=tokenizer.pad_id).to(device)
     return models
+
+
+def _reward_model(judge: Path | str, folder: Path | str, tokenizer: HFTokenizer) -> HFScalar:
+    model = HFScalar.load_folder(judge)
+    if not tokenizer.same_tokens(HFTokenizer.load(judge)):
+        raise ValueError(
+            f"the reward model in {judge} and the policy in {folder} have different tokenizers: it could "
+            "not read what the policy writes"
+        )
+    return model.requires_grad_(False).eval()
 
 
 @dataclass(eq=False)
@@ -90,6 +97,8 @@ class HuggingFace:
     """a fresh tokenizer is trained on at most so many of the training documents"""
     policy: str = ""
     """a Hugging Face folder (model and tokenizer) to start from instead of a fresh model; empty: a fresh one"""
+    reward_models: list[str] = field(default_factory=list)
+    """folders of finished reward models (runs/a/reward/result, ...) in place of a reward stage; several: an ensemble"""
     shared_critic: bool = False
     """values from a head on the policy's trunk: half the work and memory, but their loss then moves the policy too"""
     device: str = ""
@@ -118,6 +127,11 @@ class HuggingFace:
                 "stages, or name a Hugging Face folder as `policy` in [hf]"
             )
         if stage == "reward":
+            if self.reward_models:
+                raise ValueError(
+                    "[hf] reward_models names finished reward models, and this run's reward stage would train another, "
+                    'which nothing would use: leave "reward" out of [run] stages, or `reward_models` out of [hf]'
+                )
             tokenizer = HFTokenizer.load(start)
             reward_model = HFScalar.on_trunk(start, pad_id=tokenizer.pad_id)
             reward_model.initialise_reward_head(run.seed)
@@ -127,7 +141,7 @@ class HuggingFace:
             reference="ref_logp" in needs,
             critic="values" in needs and not self.shared_critic,
             value_head="values" in needs and self.shared_critic,
-            reward_model=run.result("reward"),
+            reward_model=self.reward_models or run.result("reward"),
             device=device,
         )
 

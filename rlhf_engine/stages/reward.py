@@ -142,12 +142,12 @@ def by_texts(pairs: Iterable[Preference], texts: int) -> Iterator[list[Preferenc
         yield batch
 
 
-def score_texts(models: Models, model: Critic | None, texts: list[str]) -> Tensor:
+def score_texts(models: Models, model: Critic | list[Critic] | None, texts: list[str]) -> Tensor:
     """The reward model's score of each text, `[N]` fp32, read at its last token.
 
     Texts of like length go through the model together: padding would otherwise be most of the work.
     """
-    assert model is not None, "this stage needs models.reward_model"
+    assert model is not None and not isinstance(model, list), "this stage needs one models.reward_model"
     tokenizer = models.tokenizer
     rows = [row or [tokenizer.end_id] for row in tokenizer.encode(texts)]
     order, scores = [], []
