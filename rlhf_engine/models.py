@@ -84,6 +84,7 @@ class Policy(Protocol):
 
     If it has an attribute `context`, that is the most tokens that a sequence may have. If it has an attribute
     `has_values` and that is True, its `Heads` have values, and an algorithm that needs some can do without a critic.
+    If it has a method `export(folder)`, that writes a stage's result where `save` is for checkpoints alone.
     """
 
     def __call__(self, tokens: Tensor, mask: Tensor) -> Heads:

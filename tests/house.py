@@ -16,6 +16,7 @@ WRAPPED_BY = {
     "triton": ("rlhf_kernels/_triton/",),
     "transformers": ("plugins/hf/",),
     "tokenizers": ("plugins/hf/",),
+    "peft": ("plugins/hf/",),
 }
 
 # Top to bottom: a module imports only from its own row or from rows after it.

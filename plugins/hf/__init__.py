@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import NonNegativeInt, PositiveFloat
 
 from rlhf_engine.hookspecs import hookimpl
 from rlhf_engine.models import Models
 
-from .policy import HFPolicy
+from .policy import HFPolicy, read_causal
 from .scalar import HFScalar
 from .tokenizer import HFTokenizer
 
@@ -30,27 +32,45 @@ def load_models(
     critic: bool = False,
     value_head: bool = False,
     reward_model: Path | str | None = None,
+    lora_rank: int = 0,
+    lora_alpha: float = 16.0,
+    lora_targets: str = "default",
+    seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> Models:
     """The models of reinforcement learning, from the Hugging Face folder of a causal language model.
 
     Args:
         folder: the policy and its tokenizer.
-        reference: also a frozen copy of the policy.
+        reference: also the policy as it starts, frozen: a copy of it, or with an adapter the policy's own weights
+            without that.
         critic: also a value model, on the reward model's trunk if there is one, else on the policy's; its head
             is 0, so its first values are.
         value_head: also a value head, at 0, on the policy's own trunk; it serves where there is no critic.
         reward_model: the folder of a sequence classifier with the same tokenizer, which is frozen.
+        lora_rank: train an adapter of this rank on the policy instead of its weights; 0: train these.
+        lora_alpha: the adapter's change is scaled by this over its rank.
+        lora_targets: which layers have one: "default", those that peft knows for the architecture, or "all-linear".
+        seed: of the adapter's first random numbers.
         device: where the models live.
 
     Raises:
         FileNotFoundError: one of the folders is none.
-        ValueError: a folder that does not fit its purpose, or two tokenizers that differ.
+        ValueError: a folder that does not fit its purpose, two tokenizers that differ, or an adapter without peft.
     """
     tokenizer = HFTokenizer.load(folder)
-    policy = HFPolicy.load_folder(folder).to(device)
-    models = Models(tokenizer=tokenizer, policy=policy, device=torch.device(device))
-    if reference:
+    models = Models(tokenizer=tokenizer, device=torch.device(device))
+    policy: HFPolicy
+    if lora_rank:
+        require_peft(lora_rank)
+        from .lora import LoraPolicy, LoraReference  # peft, which only an adapter needs
+
+        policy = LoraPolicy(read_causal(folder), rank=lora_rank, alpha=lora_alpha, targets=lora_targets, seed=seed)
+        models.reference = LoraReference(policy) if reference else None
+    else:
+        policy = HFPolicy.load_folder(folder)
+    models.policy = policy.to(device)
+    if reference and models.reference is None:
         models.reference = copy.deepcopy(policy).requires_grad_(False).eval()
     if value_head:
         policy.add_value_head()
@@ -65,6 +85,12 @@ def load_models(
     if critic:
         models.critic = HFScalar.on_trunk(reward_model or folder, pad_id=tokenizer.pad_id).to(device)
     return models
+
+
+def require_peft(lora_rank: int) -> None:
+    """Raise ValueError with the remedy where peft is not installed."""
+    if find_spec("peft") is None:
+        raise ValueError(f"lora_rank = {lora_rank} needs peft, which is not installed: pip install 'rlhf-engine[lora]'")
 
 
 @dataclass(eq=False)
@@ -92,6 +118,13 @@ class HuggingFace:
     """a Hugging Face folder (model and tokenizer) to start from instead of a fresh model; empty: a fresh one"""
     shared_critic: bool = False
     """values from a head on the policy's trunk: half the work and memory, but their loss then moves the policy too"""
+    lora_rank: NonNegativeInt = 0
+    """in the rl stage train a low-rank adapter (LoRA, through peft) of this rank instead of the policy's weights, which
+    then serve as the reference too; 0: train all weights"""
+    lora_alpha: PositiveFloat = 16.0
+    """the adapter's change is scaled by lora_alpha / lora_rank"""
+    lora_targets: Literal["default", "all-linear"] = "default"
+    """which layers have an adapter: those that peft knows for the architecture, or all linear ones but the output"""
     device: str = ""
     """where the models live, "cpu" or "cuda" say; empty: the first GPU, if there is one"""
 
@@ -101,6 +134,8 @@ class HuggingFace:
                 f"hidden = {self.hidden} must be an even multiple of heads = {self.heads}, so that each head "
                 "gets an even number of dimensions to rotate"
             )
+        if self.lora_rank:
+            require_peft(self.lora_rank)
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     @hookimpl
@@ -128,6 +163,10 @@ class HuggingFace:
             critic="values" in needs and not self.shared_critic,
             value_head="values" in needs and self.shared_critic,
             reward_model=run.result("reward"),
+            lora_rank=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            lora_targets=self.lora_targets,
+            seed=run.seed,
             device=device,
         )
 

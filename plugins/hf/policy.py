@@ -17,9 +17,14 @@ from .backbone import context_of, hidden_states
 from .folders import quiet, read_config, read_model, restore
 from .generate import sample
 
-__all__ = ["HFPolicy"]
+__all__ = ["HFPolicy", "read_causal"]
 
 VALUE_HEAD = "value_head.safetensors"
+
+
+def read_causal(folder: Path | str) -> PreTrainedModel:
+    """The causal language model in `folder`, in fp32, its dropout off."""
+    return read_model(AutoModelForCausalLM, folder, read_config(folder))
 
 
 class HFPolicy(nn.Module):
@@ -69,7 +74,7 @@ class HFPolicy(nn.Module):
     @classmethod
     def load_folder(cls, folder: Path | str) -> HFPolicy:
         """The causal language model in `folder`, in fp32, its dropout off."""
-        return cls(read_model(AutoModelForCausalLM, folder, read_config(folder)))
+        return cls(read_causal(folder))
 
     @property
     def has_values(self) -> bool:
@@ -83,9 +88,15 @@ class HFPolicy(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Heads:
         """What the model says of the next token at every position, the logits not yet written out."""
-        hidden = hidden_states(self.model, tokens, mask)
-        heads = self._heads(hidden)
-        return heads if self.value_head is None else dataclasses.replace(heads, values=hidden.float() @ self.value_head)
+        heads = self.language_heads(tokens, mask)
+        if self.value_head is None:
+            return heads
+        assert heads.hidden is not None
+        return dataclasses.replace(heads, values=heads.hidden.float() @ self.value_head)
+
+    def language_heads(self, tokens: Tensor, mask: Tensor) -> Heads:
+        """The same without values."""
+        return self._heads(hidden_states(self.model, tokens, mask))
 
     def generate(
         self, tokens: Tensor, mask: Tensor, *, length: int, temperature: float, end_id: int
@@ -97,8 +108,7 @@ class HFPolicy(nn.Module):
         """Write a folder that `AutoModelForCausalLM.from_pretrained` opens; a value head has a file of its own."""
         with quiet():
             self.model.save_pretrained(folder)
-        if self.value_head is not None:
-            save_file({"value_head": self.value_head.detach()}, folder / VALUE_HEAD)
+        self._save_value_head(folder)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote into this model, in place and bit for bit.
@@ -106,6 +116,13 @@ class HFPolicy(nn.Module):
         Raises ValueError if the folder holds another kind or size of model, or one of the two has a value head.
         """
         restore(self.model, folder)
+        self._load_value_head(folder)
+
+    def _save_value_head(self, folder: Path) -> None:
+        if self.value_head is not None:
+            save_file({"value_head": self.value_head.detach()}, folder / VALUE_HEAD)
+
+    def _load_value_head(self, folder: Path) -> None:
         file = folder / VALUE_HEAD
         if file.exists() != self.has_values:
             raise ValueError(
