@@ -16,6 +16,7 @@ from rlhf_engine.hookspecs import hookimpl
 from rlhf_engine.models import Models
 
 from .policy import HFPolicy, read_causal
+from .recompute import recompute_layers
 from .scalar import HFScalar
 from .tokenizer import HFTokenizer
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from rlhf_engine.run import Run
 
 __all__ = ["HFPolicy", "HFScalar", "HFTokenizer", "HuggingFace", "load_models"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_models(
@@ -36,6 +39,8 @@ def load_models(
     lora_alpha: float = 16.0,
     lora_targets: str = "default",
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    gradient_checkpointing: bool = False,
     device: str | torch.device = "cpu",
 ) -> Models:
     """The models of reinforcement learning, from the Hugging Face folder of a causal language model.
@@ -52,6 +57,8 @@ def load_models(
         lora_alpha: the adapter's change is scaled by this over its rank.
         lora_targets: which layers have one: "default", those that peft knows for the architecture, or "all-linear".
         seed: of the adapter's first random numbers.
+        dtype: of all weights but the adapter's and the value head's, which are fp32.
+        gradient_checkpointing: the models that train keep only the inputs of their layers for the backward pass.
         device: where the models live.
 
     Raises:
@@ -65,17 +72,18 @@ def load_models(
         require_peft(lora_rank)
         from .lora import LoraPolicy, LoraReference  # peft, which only an adapter needs
 
-        policy = LoraPolicy(read_causal(folder), rank=lora_rank, alpha=lora_alpha, targets=lora_targets, seed=seed)
+        model = read_causal(folder, dtype)
+        policy = LoraPolicy(model, rank=lora_rank, alpha=lora_alpha, targets=lora_targets, seed=seed)
         models.reference = LoraReference(policy) if reference else None
     else:
-        policy = HFPolicy.load_folder(folder)
+        policy = HFPolicy.load_folder(folder, dtype=dtype)
     models.policy = policy.to(device)
     if reference and models.reference is None:
         models.reference = copy.deepcopy(policy).requires_grad_(False).eval()
     if value_head:
         policy.add_value_head()
     if reward_model is not None:
-        judge = HFScalar.load_folder(reward_model)
+        judge = HFScalar.load_folder(reward_model, dtype=dtype)
         if not tokenizer.same_tokens(HFTokenizer.load(reward_model)):
             raise ValueError(
                 f"the reward model in {reward_model} and the policy in {folder} have different tokenizers: it could "
@@ -83,7 +91,12 @@ def load_models(
             )
         models.reward_model = judge.requires_grad_(False).eval().to(device)
     if critic:
-        models.critic = HFScalar.on_trunk(reward_model or folder, pad_id=tokenizer.pad_id).to(device)
+        trunk = HFScalar.on_trunk(reward_model or folder, pad_id=tokenizer.pad_id, dtype=dtype)
+        models.critic = trunk.to(device)
+    if gradient_checkpointing:
+        recompute_layers(policy.model)
+        if critic:
+            recompute_layers(trunk.model)
     return models
 
 
@@ -97,7 +110,7 @@ def require_peft(lora_rank: int) -> None:
 class HuggingFace:
     """A small Llama trained from nothing, or any causal language model in a Hugging Face folder.
 
-    Weights are fp32 and dropout is off in every stage.
+    Dropout is off in every stage; log-probs, values and scores are fp32 whatever the weights are.
     """
 
     vocabulary: int = 4096
@@ -125,6 +138,12 @@ class HuggingFace:
     """the adapter's change is scaled by lora_alpha / lora_rank"""
     lora_targets: Literal["default", "all-linear"] = "default"
     """which layers have an adapter: those that peft knows for the architecture, or all linear ones but the output"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the weights in every stage. bfloat16 halves their memory, and AdamW's, whose moments take the weights' dtype;
+    but there are no fp32 copies beside: an update that is smaller than about 1/256 of its weight is rounded away,
+    which at RL's learning rates is most of them. With an adapter that does not matter, for the adapter stays fp32"""
+    gradient_checkpointing: bool = False
+    """keep only each layer's input for the backward pass and compute the rest again: less memory, a third more work"""
     device: str = ""
     """where the models live, "cpu" or "cuda" say; empty: the first GPU, if there is one"""
 
@@ -140,12 +159,16 @@ class HuggingFace:
 
     @hookimpl
     def rlhf_models(self, run: Run, stage: str, needs: set[str]) -> Models:
-        device = torch.device(self.device)
+        device, dtype = torch.device(self.device), DTYPES[self.dtype]
         start = run.result("pretrain") or self.policy
         if stage == "pretrain":
             fresh = not self.policy
             tokenizer = self._fresh_tokenizer(run) if fresh else HFTokenizer.load(self.policy)
-            policy = self._fresh_policy(tokenizer, run.seed) if fresh else HFPolicy.load_folder(self.policy)
+            policy = (
+                self._fresh_policy(tokenizer, run.seed) if fresh else HFPolicy.load_folder(self.policy, dtype=dtype)
+            )
+            if self.gradient_checkpointing:
+                recompute_layers(policy.model)
             return Models(tokenizer=tokenizer, policy=policy.to(device), device=device)
         if not start:
             raise ValueError(
@@ -154,8 +177,10 @@ class HuggingFace:
             )
         if stage == "reward":
             tokenizer = HFTokenizer.load(start)
-            reward_model = HFScalar.on_trunk(start, pad_id=tokenizer.pad_id)
+            reward_model = HFScalar.on_trunk(start, pad_id=tokenizer.pad_id, dtype=dtype)
             reward_model.initialise_reward_head(run.seed)
+            if self.gradient_checkpointing:
+                recompute_layers(reward_model.model)
             return Models(tokenizer=tokenizer, reward_model=reward_model.to(device), device=device)
         return load_models(
             start,
@@ -167,6 +192,8 @@ class HuggingFace:
             lora_alpha=self.lora_alpha,
             lora_targets=self.lora_targets,
             seed=run.seed,
+            dtype=dtype,
+            gradient_checkpointing=self.gradient_checkpointing,
             device=device,
         )
 
@@ -185,4 +212,5 @@ class HuggingFace:
             pad_id=tokenizer.pad_id,
             end_id=tokenizer.end_id,
             seed=seed,
+            dtype=DTYPES[self.dtype],
         )

@@ -20,11 +20,13 @@ from .generate import sample
 __all__ = ["HFPolicy", "read_causal"]
 
 VALUE_HEAD = "value_head.safetensors"
+# By how much two right ways to the same logits may differ, of the largest one.
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
-def read_causal(folder: Path | str) -> PreTrainedModel:
-    """The causal language model in `folder`, in fp32, its dropout off."""
-    return read_model(AutoModelForCausalLM, folder, read_config(folder))
+def read_causal(folder: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The causal language model in `folder`, its dropout off."""
+    return read_model(AutoModelForCausalLM, folder, read_config(folder), dtype=dtype)
 
 
 class HFPolicy(nn.Module):
@@ -52,6 +54,7 @@ class HFPolicy(nn.Module):
         pad_id: int,
         end_id: int,
         seed: int = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> HFPolicy:
         """A Llama with tied embeddings and random weights, the same for the same seed."""
         config = LlamaConfig(
@@ -69,12 +72,15 @@ class HFPolicy(nn.Module):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(LlamaForCausalLM(config))
+            model = LlamaForCausalLM(config)
+        for parameter in model.parameters():  # not the buffers: rotations by rounded angles would not be those reloaded
+            parameter.data = parameter.data.to(dtype)
+        return cls(model)
 
     @classmethod
-    def load_folder(cls, folder: Path | str) -> HFPolicy:
-        """The causal language model in `folder`, in fp32, its dropout off."""
-        return cls(read_causal(folder))
+    def load_folder(cls, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> HFPolicy:
+        """The causal language model in `folder`, its dropout off."""
+        return cls(read_causal(folder, dtype))
 
     @property
     def has_values(self) -> bool:
@@ -141,7 +147,7 @@ class HFPolicy(nn.Module):
     def _logits(self, hidden: Tensor) -> Tensor:
         heads = self._heads(hidden)
         assert heads.weight is not None
-        logits = linear(hidden, heads.weight, heads.bias).float()
+        logits = linear(hidden.to(heads.weight.dtype), heads.weight, heads.bias).float()
         return logits if heads.softcap is None else torch.tanh(logits / heads.softcap) * heads.softcap
 
     @torch.no_grad()
@@ -158,7 +164,7 @@ class HFPolicy(nn.Module):
             theirs = self.model(input_ids=tokens[row : row + 1, start:], use_cache=False).logits[0].float()
             expected = theirs[-3:-1].log_softmax(-1).gather(-1, sampled[row, :, None])[:, 0]
             error = max((ours[row, start:] - theirs).abs().max(), (logp[row] - expected).abs().max())
-            if not error <= 1e-3 * theirs.abs().max():
+            if not error <= ROUNDING[self.model.dtype] * theirs.abs().max():
                 raise ValueError(
                     f"{type(self.model).__name__} differs from what this policy assumes by {float(error):.3g} nats: "
                     "logits = softcap(hidden @ weight.T + bias), no dropout, no effect of left padding, a key-value "
