@@ -15,6 +15,7 @@ from pydantic import NonNegativeInt, PositiveFloat
 from rlhf_engine.hookspecs import hookimpl
 from rlhf_engine.models import Models
 
+from .chat import ChatTokenizer
 from .policy import HFPolicy, read_causal
 from .recompute import recompute_layers
 from .scalar import HFScalar
@@ -23,7 +24,7 @@ from .tokenizer import HFTokenizer
 if TYPE_CHECKING:
     from rlhf_engine.run import Run
 
-__all__ = ["HFPolicy", "HFScalar", "HFTokenizer", "HuggingFace", "load_models"]
+__all__ = ["ChatTokenizer", "HFPolicy", "HFScalar", "HFTokenizer", "HuggingFace", "load_models"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,6 +42,7 @@ def load_models(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
+    chat_template: bool = False,
     device: str | torch.device = "cpu",
 ) -> Models:
     """The models of reinforcement learning, from the Hugging Face folder of a causal language model.
@@ -59,13 +61,14 @@ def load_models(
         seed: of the adapter's first random numbers.
         dtype: of all weights but the adapter's and the value head's, which are fp32.
         gradient_checkpointing: the models that train keep only the inputs of their layers for the backward pass.
+        chat_template: prompts are read as a user's messages, in the tokenizer's own template.
         device: where the models live.
 
     Raises:
         FileNotFoundError: one of the folders is none.
         ValueError: a folder that does not fit its purpose, two tokenizers that differ, or an adapter without peft.
     """
-    tokenizer = HFTokenizer.load(folder)
+    tokenizer = tokenizer_kind(chat_template).load(folder)
     models = Models(tokenizer=tokenizer, device=torch.device(device))
     policy: HFPolicy
     if lora_rank:
@@ -98,6 +101,11 @@ def load_models(
         if critic:
             recompute_layers(trunk.model)
     return models
+
+
+def tokenizer_kind(chat_template: bool) -> type[HFTokenizer]:
+    """Which class reads a folder's tokenizer."""
+    return ChatTokenizer if chat_template else HFTokenizer
 
 
 def require_peft(lora_rank: int) -> None:
@@ -144,6 +152,9 @@ class HuggingFace:
     which at RL's learning rates is most of them. With an adapter that does not matter, for the adapter stays fp32"""
     gradient_checkpointing: bool = False
     """keep only each layer's input for the backward pass and compute the rest again: less memory, a third more work"""
+    chat_template: bool = False
+    """read prompts, of preferences too, as a user's messages in the chat template of the `policy` folder's tokenizer; a
+    response ends with that template's end of turn. Documents are read as they stand"""
     device: str = ""
     """where the models live, "cpu" or "cuda" say; empty: the first GPU, if there is one"""
 
@@ -155,11 +166,21 @@ class HuggingFace:
             )
         if self.lora_rank:
             require_peft(self.lora_rank)
+        if self.chat_template and not self.policy:
+            raise ValueError(
+                "chat_template = true needs a tokenizer that has a template, and a fresh one has none: name the folder "
+                "of a model that was tuned for chats as `policy`"
+            )
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     @hookimpl
+    def rlhf_run_started(self) -> None:
+        if self.chat_template:
+            ChatTokenizer.load(self.policy)  # a folder without a template is refused now, not stages later
+
+    @hookimpl
     def rlhf_models(self, run: Run, stage: str, needs: set[str]) -> Models:
-        device, dtype = torch.device(self.device), DTYPES[self.dtype]
+        device, dtype, kind = torch.device(self.device), DTYPES[self.dtype], tokenizer_kind(self.chat_template)
         start = run.result("pretrain") or self.policy
         if stage == "pretrain":
             fresh = not self.policy
@@ -176,7 +197,7 @@ class HuggingFace:
                 "stages, or name a Hugging Face folder as `policy` in [hf]"
             )
         if stage == "reward":
-            tokenizer = HFTokenizer.load(start)
+            tokenizer = kind.load(start)
             reward_model = HFScalar.on_trunk(start, pad_id=tokenizer.pad_id, dtype=dtype)
             reward_model.initialise_reward_head(run.seed)
             if self.gradient_checkpointing:
@@ -194,6 +215,7 @@ class HuggingFace:
             seed=run.seed,
             dtype=dtype,
             gradient_checkpointing=self.gradient_checkpointing,
+            chat_template=self.chat_template,
             device=device,
         )
 

@@ -35,7 +35,7 @@ def recompute_layers(model: PreTrainedModel) -> None:
 
 
 def _outermost(module: nn.Module) -> list[nn.Module]:
-    found = []
+    found: list[nn.Module] = []
     for child in module.children():
         found += [child] if isinstance(child, GradientCheckpointingLayer) else _outermost(child)
     return found

@@ -140,7 +140,7 @@ def test_checkpointing_of_other_architectures_and_in_training_mode(kind, trainin
         with bytes_kept() as kept:
             hidden = policy(tokens, mask).hidden
         hidden[mask].square().sum().backward()
-        runs.append((kept[0], [p.grad for p in policy.parameters()]))
+        runs.append((kept[0], [p.grad for p in policy.parameters() if p.grad is not None]))
     assert runs[1][0] < 0.8 * runs[0][0]
     assert all(map(torch.equal, runs[0][1], runs[1][1]))
 
