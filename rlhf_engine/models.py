@@ -5,6 +5,7 @@ A policy is anything that yields hidden states and a head, or logits, for tokens
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -18,7 +19,11 @@ __all__ = ["Critic", "Generates", "Heads", "Models", "Policy", "Tokenizer"]
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. `pad_id` and `end_id` differ."""
+    """Text to token ids and back. `pad_id` and `end_id` differ.
+
+    If it has a method `as_prompt(text)`, that gives the text which a model reads for a prompt, a chat template
+    around the user's message say; whatever continues the prompt follows it. Other texts are read as they stand.
+    """
 
     pad_id: int
     end_id: int
@@ -84,6 +89,7 @@ class Policy(Protocol):
 
     If it has an attribute `context`, that is the most tokens that a sequence may have. If it has an attribute
     `has_values` and that is True, its `Heads` have values, and an algorithm that needs some can do without a critic.
+    If it has a method `export(folder)`, that writes a stage's result where `save` is for checkpoints alone.
     """
 
     def __call__(self, tokens: Tensor, mask: Tensor) -> Heads:
@@ -151,3 +157,8 @@ class Models:
                 f"the tokenizer's pad_id and end_id are both {self.tokenizer.end_id}: padding could not be told from "
                 "the end of a text. Give it a pad token of its own."
             )
+
+    def as_prompt(self, text: str) -> str:
+        """What the models read for a prompt: the text itself, unless the tokenizer says otherwise."""
+        put: Callable[[str], str] | None = getattr(self.tokenizer, "as_prompt", None)
+        return put(text) if put else text

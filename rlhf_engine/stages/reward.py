@@ -114,8 +114,9 @@ class RewardModel:
 
 def score_pairs(models: Models, pairs: list[Preference]) -> dict[str, Tensor]:
     """The scores of both sides of every pair, each distinct text run through the model once."""
-    chosen = [pair.prompt + pair.chosen for pair in pairs]
-    rejected = [pair.prompt + pair.rejected for pair in pairs]
+    prompts = [models.as_prompt(pair.prompt) for pair in pairs]
+    chosen = [prompt + pair.chosen for prompt, pair in zip(prompts, pairs, strict=True)]
+    rejected = [prompt + pair.rejected for prompt, pair in zip(prompts, pairs, strict=True)]
     texts = list(dict.fromkeys([*chosen, *rejected]))
     row = {text: number for number, text in enumerate(texts)}
     scores = score_texts(models, models.reward_model, texts)
