@@ -143,7 +143,7 @@ def test_a_reward_that_fails_by_default_stops_the_run_and_is_in_the_journal(tmp_
 STATEFUL = {"Flaky": {"on_failure": "quarantine", "normalize": True}, "Down": {"on_failure": "abstain"}}
 SHAKY: dict[str, Any] = {
     "plugins": [*PLUGINS, here("Down")],
-    "rl": {"steps": 5, "checkpoint_every": 1},
+    "rl": {"steps": 5, "checkpoint_every": 3},
     "Flaky": {"calls": [1, 2, 3], "prompt": "de"},
     "Down": {"calls": [3]},
 }
@@ -162,11 +162,18 @@ def without_journal(changed: list[str]) -> list[str]:
     return [name for name in changed if not name.endswith("failures.jsonl")]  # durations are never the same
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = load(tmp_path_factory.mktemp("whole"), STATEFUL, **SHAKY)
+    run.execute()
+    return run
+
+
 @pytest.mark.parametrize("part", ["", "normalizer", "quarantined"])
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
     """Statistics, prompts set aside, counts and lost cycles too; and each of the first two is noticed if left out."""
-    whole = load(tmp_path / "whole", STATEFUL, **SHAKY)
-    whole.execute()
     results = whole.results("rl")
     assert results["rewards"]["Flaky"]["quarantined_prompts"] == 1
     assert results["lost_cycles"] == 1
