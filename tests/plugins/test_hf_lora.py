@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,7 @@ def test_the_reference_leaves_no_trace(folder):
     assert not torch.allclose(changed, plain, atol=1e-3)
 
     frozen = next(iter(policy.adapter().values())).requires_grad_(False)
+    next(iter(policy.base().values())).requires_grad_(True)
     asked = {name: p.requires_grad for name, p in policy.named_parameters()}
     for mode in (True, False):
         policy.train(mode)
@@ -336,6 +338,8 @@ def test_what_is_missing_or_unknown_is_said_before_any_work(folder, tmp_path, mo
     policy = LoraPolicy(model, rank=2, alpha=4, targets="all-linear", seed=0)
     assert not isinstance(policy.model.get_output_embeddings(), LoraLayer)
 
+    imports = "import sys, rlhf_plugins.hf; sys.exit('peft' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", imports], check=False, timeout=120).returncode == 0
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.delitem(sys.modules, "rlhf_plugins.hf.lora")
     load_models(folder, reference=True)
