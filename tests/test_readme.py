@@ -23,11 +23,18 @@ ELSEWHERE = {
     "rlhf run examples/movies.toml": "tests/test_end_to_end.py",
     "rlhf run examples/movies.toml --set ppo.clip=0.3 --set run.folder=runs/clip": "test_overrides_as_in_the_readme",
     "pip install ./examples/brevity_reward": "tests/test_examples.py",
+    "rlhf new reward my_reward": "tests/engine/test_new.py",
     "rlhf bench --ops gae,policy_loss --quick": "tests/bench/test_command.py",
     "bash bench/gpu.sh results": "tests/bench/test_gpu_script.py",
     "python examples/own_loop.py runs/movies/pretrain/result": "tests/test_examples.py",
 }
-HERE = ["rlhf plugins", "rlhf plugins examples/movies.toml", "python -m rlhf_kernels", "python -m rlhf_kernels --check"]
+HERE = [
+    "rlhf plugins",
+    "rlhf plugins examples/movies.toml",
+    "rlhf plugins doctor examples/movies.toml",
+    "python -m rlhf_kernels",
+    "python -m rlhf_kernels --check",
+]
 HERE += ["rlhf plan examples/movies.toml --model llama-8b --gpu h100 --count 8"]
 
 
