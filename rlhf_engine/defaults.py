@@ -42,7 +42,9 @@ class Defaults:
     def rlhf_generate(self, models: Models, prompts: list[Prompt], temperature: float, response_length: int) -> Rollout:
         policy, tokenizer = models.policy, models.tokenizer
         assert policy is not None, "rlhf_generate needs models.policy"
-        prompt_tokens, prompt_mask = left_pad(tokenizer.encode([p.text for p in prompts]), tokenizer.pad_id)
+        prompt_tokens, prompt_mask = left_pad(
+            tokenizer.encode([models.as_prompt(p.text) for p in prompts]), tokenizer.pad_id
+        )
         prompt_tokens, prompt_mask = prompt_tokens.to(models.device), prompt_mask.to(models.device)
         sampler = policy.generate if isinstance(policy, Generates) else PlainSampler(policy).generate
         policy.train(False)

@@ -42,6 +42,7 @@ from rlhf_engine.manager import (
     unused_tables,
     winners,
 )
+from rlhf_engine.rewards import RewardOptions, Rewards
 
 __all__ = ["Report", "examine", "installed_table"]
 
@@ -148,7 +149,10 @@ def examine(path: Path, overrides: Iterable[str] = ()) -> Report:
     found = _stages(report, file, sound)
     _hooks(report, made, {name: stage for name, stage in found.items() if name in file.options.stages})
     _rewards(report, made, found.keys() & set(file.options.stages))
-    _needs(report, {name: one for name, one in sound.items() if not one.bare})
+    whole = {name: one for name, one in sound.items() if not one.bare}
+    if "rl" in whole:
+        _reward_options(report, made, getattr(whole["rl"].plugin, "reward_options", {}))
+    _needs(report, whole)
     return report
 
 
@@ -195,7 +199,7 @@ def _look_at(report: Report, file: RunFile, one: Named) -> Named:
         report.faults.append(" ".join(filter(None, (text, one.changed))))
     try:
         if one.plugin is None:
-            one.plugin, one.bare = object.__new__(plugin), True
+            one.plugin, one.bare = object.__new__(plugin) if isinstance(plugin, type) else plugin, True
         report.faults += [" ".join(filter(None, (fault, one.changed))) for fault in faults(one.plugin, one.name)]
         for attribute, hook, fault in implementations(one.plugin, one.name):
             if fault:
@@ -296,6 +300,14 @@ def _rewards(report: Report, made: pluggy.PluginManager, run_stages: set[str]) -
         report.faults.append(
             f"no reward has a weight other than 0 ({names}): give one a weight, or nothing is optimised"
         )
+
+
+def _reward_options(report: Report, made: pluggy.PluginManager, options: dict[str, RewardOptions]) -> None:
+    for name, one in options.items():
+        try:
+            Rewards(made.hook.rlhf_reward, {name: one})
+        except ConfigError as error:
+            report.faults.append(f"{report.path}: [rl.rewards.{name}]: {error}")
 
 
 def _needs(report: Report, sound: dict[str, Named]) -> None:

@@ -5,6 +5,7 @@ A policy is anything that yields hidden states and a head, or logits, for tokens
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -18,7 +19,11 @@ __all__ = ["Critic", "Generates", "Heads", "Models", "Policy", "Tokenizer"]
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. `pad_id` and `end_id` differ."""
+    """Text to token ids and back. `pad_id` and `end_id` differ.
+
+    If it has a method `as_prompt(text)`, that gives the text which a model reads for a prompt, a chat template
+    around the user's message say; whatever continues the prompt follows it. Other texts are read as they stand.
+    """
 
     pad_id: int
     end_id: int
@@ -123,6 +128,7 @@ class Policy(Protocol):
 
     If it has an attribute `context`, that is the most tokens that a sequence may have. If it has an attribute
     `has_values` and that is True, its `Heads` have values, and an algorithm that needs some can do without a critic.
+    If it has a method `export(folder)`, that writes a stage's result where `save` is for checkpoints alone.
     """
 
     def __call__(self, tokens: Tensor, mask: Tensor) -> Heads:
@@ -135,7 +141,8 @@ class Policy(Protocol):
     def train(self, mode: bool = True) -> object: ...
 
     def save(self, folder: Path) -> None:
-        """Write the weights (safetensors and JSON) so that `load` gives the same bits back."""
+        """Write the weights (safetensors and JSON) into this folder, which is there, so that `load` gives the same bits
+        back."""
         ...
 
     def load(self, folder: Path) -> None:
@@ -179,7 +186,8 @@ class Models:
     policy: Policy | None = None
     reference: Policy | None = None
     critic: Critic | None = None
-    reward_model: Critic | None = None
+    reward_model: Critic | list[Critic] | None = None
+    """a list is an ensemble: several models that judge the same, to be combined by the reward that asks them"""
     device: torch.device = torch.device("cpu")
 
     def __post_init__(self) -> None:
@@ -188,3 +196,8 @@ class Models:
                 f"the tokenizer's pad_id and end_id are both {self.tokenizer.end_id}: padding could not be told from "
                 "the end of a text. Give it a pad token of its own."
             )
+
+    def as_prompt(self, text: str) -> str:
+        """What the models read for a prompt: the text itself, unless the tokenizer says otherwise."""
+        put: Callable[[str], str] | None = getattr(self.tokenizer, "as_prompt", None)
+        return put(text) if put else text

@@ -21,6 +21,7 @@ WRAPPED_BY = {
     "trackio": ("plugins/trackio/",),
     "trl": ("rlhf_engine/embed/trl.py",),
     "accelerate": (),  # a loop with accelerate calls the engine, see examples/accelerate_loop.py
+    "peft": ("plugins/hf/",),
 }
 
 # Top to bottom: a module imports only from its own row or from rows after it.

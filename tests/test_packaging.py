@@ -96,7 +96,7 @@ def test_the_wheel_says_what_it_needs(distribution: Distribution) -> None:
     core = {line.partition(">")[0] for line in requires if "extra ==" not in line}
     assert core == {"torch", "numpy", "safetensors", "pluggy", "pydantic", "typer", "rich"}
     assert set(distribution.metadata.get_all("Provides-Extra") or []) == {
-        *("triton", "hf", "trl", "tensorboard", "trackio", "demo", "test", "lint", "bench")
+        *("triton", "hf", "lora", "trl", "tensorboard", "trackio", "rewards", "demo", "test", "lint", "bench")
     }
     assert distribution.metadata["License-Expression"] == "Apache-2.0"
     assert "Apache License" in (distribution.read_text("licenses/LICENSE") or "")
@@ -133,13 +133,20 @@ def test_rlhf_bench_runs_from_the_wheel_outside_the_repository(installed: Path, 
     assert (tmp_path / "out.json").is_file()
 
 
-def test_the_lock_pins_everything_that_test_and_lint_pull_in() -> None:
-    lines = (ROOT / "requirements.lock").read_text("utf-8").splitlines()
+@pytest.mark.parametrize(
+    ("extras", "locks"),
+    [
+        ("demo,triton,lint", ["requirements.lock"]),
+        ("test,bench,lint", ["requirements.lock", "requirements-test.lock"]),
+    ],
+)
+def test_the_locks_pin_everything_that_their_targets_pull_in(extras: str, locks: list[str]) -> None:
+    lines = [line for lock in locks for line in (ROOT / lock).read_text("utf-8").splitlines()]
     pins = {
         canonicalize_name(name): version
         for name, _, version in (line.partition(" ;")[0].partition("==") for line in lines if line[0] != "#")
     }
-    waiting = [Requirement("rlhf-engine[test,lint]")]
+    waiting = [Requirement(f"rlhf-engine[{extras}]")]
     seen: set[str] = set()
     faults = []
     while waiting:

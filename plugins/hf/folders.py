@@ -56,9 +56,14 @@ def read_config(folder: Path | str) -> PreTrainedConfig:
 
 
 def read_model(
-    auto_class: Any, folder: Path | str, config: PreTrainedConfig, *, fresh: tuple[str, ...] = ()
+    auto_class: Any,
+    folder: Path | str,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    fresh: tuple[str, ...] = (),
 ) -> PreTrainedModel:
-    """The model in `folder`, its weights in fp32 from safetensors files.
+    """The model in `folder`, its weights in `dtype` from safetensors files.
 
     `fresh` names the parameters that the folder may lack (a head that the caller initialises). Raises
     ValueError if the folder lacks any other.
@@ -67,7 +72,7 @@ def read_model(
         model, report = auto_class.from_pretrained(
             require_folder(folder),
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
@@ -94,4 +99,4 @@ def restore(model: PreTrainedModel, folder: Path | str) -> None:
                 f"{folder} holds a model with {name} = {theirs.get(name)!r}, but this one has {mine.get(name)!r}: "
                 "load it into a model made from the same settings"
             )
-    model.load_state_dict(read_model(type(model), folder, config).state_dict())
+    model.load_state_dict(read_model(type(model), folder, config, dtype=model.dtype).state_dict())

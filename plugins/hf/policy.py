@@ -17,9 +17,16 @@ from .backbone import context_of, hidden_states
 from .folders import quiet, read_config, read_model, restore
 from .generate import sample
 
-__all__ = ["HFPolicy"]
+__all__ = ["HFPolicy", "read_causal"]
 
 VALUE_HEAD = "value_head.safetensors"
+# By how much two right ways to the same logits may differ, of the largest one.
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+def read_causal(folder: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The causal language model in `folder`, its dropout off."""
+    return read_model(AutoModelForCausalLM, folder, read_config(folder), dtype=dtype)
 
 
 class HFPolicy(nn.Module):
@@ -47,6 +54,7 @@ class HFPolicy(nn.Module):
         pad_id: int,
         end_id: int,
         seed: int = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> HFPolicy:
         """A Llama with tied embeddings and random weights, the same for the same seed."""
         config = LlamaConfig(
@@ -64,12 +72,15 @@ class HFPolicy(nn.Module):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(LlamaForCausalLM(config))
+            model = LlamaForCausalLM(config)
+        for parameter in model.parameters():  # not the buffers: rotations by rounded angles would not be those reloaded
+            parameter.data = parameter.data.to(dtype)
+        return cls(model)
 
     @classmethod
-    def load_folder(cls, folder: Path | str) -> HFPolicy:
-        """The causal language model in `folder`, in fp32, its dropout off."""
-        return cls(read_model(AutoModelForCausalLM, folder, read_config(folder)))
+    def load_folder(cls, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> HFPolicy:
+        """The causal language model in `folder`, its dropout off."""
+        return cls(read_causal(folder, dtype))
 
     @property
     def has_values(self) -> bool:
@@ -83,9 +94,15 @@ class HFPolicy(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Heads:
         """What the model says of the next token at every position, the logits not yet written out."""
-        hidden = hidden_states(self.model, tokens, mask)
-        heads = self._heads(hidden)
-        return heads if self.value_head is None else dataclasses.replace(heads, values=hidden.float() @ self.value_head)
+        heads = self.language_heads(tokens, mask)
+        if self.value_head is None:
+            return heads
+        assert heads.hidden is not None
+        return dataclasses.replace(heads, values=heads.hidden.float() @ self.value_head)
+
+    def language_heads(self, tokens: Tensor, mask: Tensor) -> Heads:
+        """The same without values."""
+        return self._heads(hidden_states(self.model, tokens, mask))
 
     def generate(
         self, tokens: Tensor, mask: Tensor, *, length: int, temperature: float, end_id: int
@@ -97,8 +114,7 @@ class HFPolicy(nn.Module):
         """Write a folder that `AutoModelForCausalLM.from_pretrained` opens; a value head has a file of its own."""
         with quiet():
             self.model.save_pretrained(folder)
-        if self.value_head is not None:
-            save_file({"value_head": self.value_head.detach()}, folder / VALUE_HEAD)
+        self._save_value_head(folder)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote into this model, in place and bit for bit.
@@ -106,6 +122,13 @@ class HFPolicy(nn.Module):
         Raises ValueError if the folder holds another kind or size of model, or one of the two has a value head.
         """
         restore(self.model, folder)
+        self._load_value_head(folder)
+
+    def _save_value_head(self, folder: Path) -> None:
+        if self.value_head is not None:
+            save_file({"value_head": self.value_head.detach()}, folder / VALUE_HEAD)
+
+    def _load_value_head(self, folder: Path) -> None:
         file = folder / VALUE_HEAD
         if file.exists() != self.has_values:
             raise ValueError(
@@ -124,7 +147,7 @@ class HFPolicy(nn.Module):
     def _logits(self, hidden: Tensor) -> Tensor:
         heads = self._heads(hidden)
         assert heads.weight is not None
-        logits = linear(hidden, heads.weight, heads.bias).float()
+        logits = linear(hidden.to(heads.weight.dtype), heads.weight, heads.bias).float()
         return logits if heads.softcap is None else torch.tanh(logits / heads.softcap) * heads.softcap
 
     @torch.no_grad()
@@ -141,7 +164,7 @@ class HFPolicy(nn.Module):
             theirs = self.model(input_ids=tokens[row : row + 1, start:], use_cache=False).logits[0].float()
             expected = theirs[-3:-1].log_softmax(-1).gather(-1, sampled[row, :, None])[:, 0]
             error = max((ours[row, start:] - theirs).abs().max(), (logp[row] - expected).abs().max())
-            if not error <= 1e-3 * theirs.abs().max():
+            if not error <= ROUNDING[self.model.dtype] * theirs.abs().max():
                 raise ValueError(
                     f"{type(self.model).__name__} differs from what this policy assumes by {float(error):.3g} nats: "
                     "logits = softcap(hidden @ weight.T + bias), no dropout, no effect of left padding, a key-value "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from .backbone import hidden_states
@@ -38,17 +39,17 @@ class HFScalar(nn.Module):
         )
 
     @classmethod
-    def load_folder(cls, folder: Path | str) -> HFScalar:
+    def load_folder(cls, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> HFScalar:
         """The reward or value model that `save` wrote to `folder`."""
-        return cls(read_model(AutoModelForSequenceClassification, folder, read_config(folder)))
+        return cls(read_model(AutoModelForSequenceClassification, folder, read_config(folder), dtype=dtype))
 
     @classmethod
-    def on_trunk(cls, folder: Path | str, *, pad_id: int) -> HFScalar:
+    def on_trunk(cls, folder: Path | str, *, pad_id: int, dtype: torch.dtype = torch.float32) -> HFScalar:
         """A new model on the trunk of the language, reward or value model in `folder`; its head is 0."""
         config = read_config(folder)
         config.num_labels = 1
         config.pad_token_id = config.get_text_config().pad_token_id = pad_id
-        scalar = cls(read_model(AutoModelForSequenceClassification, folder, config, fresh=(HEAD,)))
+        scalar = cls(read_model(AutoModelForSequenceClassification, folder, config, dtype=dtype, fresh=(HEAD,)))
         nn.init.zeros_(scalar.require_head().weight)
         return scalar
 
@@ -64,7 +65,9 @@ class HFScalar(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """One fp32 number per position `[B, L]` for `tokens` `[B, L]` int64 and `mask` `[B, L]` bool."""
-        return self.require_head()(hidden_states(self.model, tokens, mask)).squeeze(-1).float()
+        head = self.require_head()
+        hidden = hidden_states(self.model, tokens, mask).float()
+        return linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float()).squeeze(-1)
 
     def save(self, folder: Path) -> None:
         """Write a folder that `AutoModelForSequenceClassification.from_pretrained` opens."""

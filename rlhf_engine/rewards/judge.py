@@ -124,8 +124,6 @@ class Judge:
             begun = monotonic()
             try:
                 return self._once(samples, rows, left)
-            except ConfigError:
-                raise  # its process does not start
             except Exception as error:
                 seconds = monotonic() - begun
                 if isinstance(error, RewardTimeout) and monotonic() >= self.deadline:

@@ -128,6 +128,6 @@ def next_token_output(policy: Policy, tokens: Tensor) -> Output:
 
 def save_result(folder: Path, model: Any, tokenizer: Tokenizer, results: dict[str, Any]) -> None:
     """A stage's result: the model and tokenizer as one folder, and the figures."""
-    model.save(folder)
+    getattr(model, "export", model.save)(folder)
     tokenizer.save(folder)
     (folder / "results.json").write_text(json.dumps(results, indent=1), "utf-8")

@@ -79,6 +79,7 @@ class Resumable:
 
     def _write(self, folder: Path) -> None:
         for name, model in self.models.items():
+            (folder / name).mkdir()
             model.save(folder / name)
         state = {
             "position": self.position,

@@ -114,8 +114,9 @@ class RewardModel:
 
 def score_pairs(models: Models, pairs: list[Preference]) -> dict[str, Tensor]:
     """The scores of both sides of every pair, each distinct text run through the model once."""
-    chosen = [pair.prompt + pair.chosen for pair in pairs]
-    rejected = [pair.prompt + pair.rejected for pair in pairs]
+    prompts = [models.as_prompt(pair.prompt) for pair in pairs]
+    chosen = [prompt + pair.chosen for prompt, pair in zip(prompts, pairs, strict=True)]
+    rejected = [prompt + pair.rejected for prompt, pair in zip(prompts, pairs, strict=True)]
     texts = list(dict.fromkeys([*chosen, *rejected]))
     row = {text: number for number, text in enumerate(texts)}
     scores = score_texts(models, models.reward_model, texts)
@@ -142,12 +143,12 @@ def by_texts(pairs: Iterable[Preference], texts: int) -> Iterator[list[Preferenc
         yield batch
 
 
-def score_texts(models: Models, model: Critic | None, texts: list[str]) -> Tensor:
+def score_texts(models: Models, model: Critic | list[Critic] | None, texts: list[str]) -> Tensor:
     """The reward model's score of each text, `[N]` fp32, read at its last token.
 
     Texts of like length go through the model together: padding would otherwise be most of the work.
     """
-    assert model is not None, "this stage needs models.reward_model"
+    assert model is not None and not isinstance(model, list), "this stage needs one models.reward_model"
     tokenizer = models.tokenizer
     rows = [row or [tokenizer.end_id] for row in tokenizer.encode(texts)]
     order, scores = [], []

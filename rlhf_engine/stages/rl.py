@@ -225,7 +225,8 @@ class RL:
 def refuse_unanswerable(models: Models, prompts: list[Prompt], response_length: int) -> None:
     """Raise ValueError for an empty prompt, and for one that leaves no room for the response in the context."""
     context = getattr(models.policy, "context", None)
-    for prompt, tokens in zip(prompts, models.tokenizer.encode([prompt.text for prompt in prompts]), strict=True):
+    encoded = models.tokenizer.encode([models.as_prompt(prompt.text) for prompt in prompts])
+    for prompt, tokens in zip(prompts, encoded, strict=True):
         if not tokens:
             raise ValueError(
                 f"rlhf_prompts gave a prompt without tokens, {prompt.text!r}: there is nothing to continue. Leave "

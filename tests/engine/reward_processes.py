@@ -42,6 +42,7 @@ class Length:
             while True:  # busy, as no thread could be stopped
                 pass
         if text == "ccc":
+            os.system("sleep 20 &")  # inherits what may be inherited
             os.kill(os.getpid(), signal.SIGSEGV)
         if text == "dddd":
             raise ValueError(f"not for {prompt.reference}")

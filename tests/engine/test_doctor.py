@@ -165,6 +165,24 @@ class Unweighted:
     rlhf_reward = Metric.rlhf_reward
 
 
+def brevity(texts: list[str]) -> list[float]:
+    return [-float(len(text)) for text in texts]
+
+
+def test_a_reward_function_is_a_plugin_like_any(tmp_path: Path) -> None:
+    plugins = ["tests.toys:World", "grpo", here("brevity")]
+    report = look(tmp_path, *plugins, brevity={"weight": 0.5})
+    assert report.faults == []
+    assert report.rewards == [(here("brevity"), "0.5")]
+    rows = [line.split("│") for line in text(report).splitlines() if here("brevity") in line]
+    assert "rlhf_reward" in [row[3].strip() for row in rows if len(row) == 5]
+    (fault,) = look(tmp_path, *plugins, brevity={"weigth": 0.5}).faults
+    assert "[brevity]: unknown key 'weigth'. Did you mean \"weight\"?" in fault
+    one, other = look(tmp_path, *plugins, **{"rl.rewards.brevty": {"timeout": 1.0}, "rl.rewards.x": {}}).faults
+    assert '[rl.rewards.brevty]: there are options for the reward "brevty"' in one and 'mean "brevity"?' in one
+    assert "[rl.rewards.x]: there are options" in other
+
+
 def test_rewards_are_shown_with_their_weights(tmp_path: Path) -> None:
     report = look(tmp_path, "tests.toys:World", "grpo", here("Metric"), here("Unweighted"))
     assert report.faults == []

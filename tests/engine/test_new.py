@@ -43,6 +43,19 @@ response_length = 4
 evaluation_prompts = 2
 """
 
+# One process for both commands: what takes long is the import of torch.
+BOTH = """
+import sys
+from rlhf_engine.cli import main
+
+for words in (["plugins", "doctor", "run.toml"], ["run", "run.toml"]):
+    sys.argv = ["rlhf", *words]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end.code
+"""
+
 WORDS = """
 from rlhf_engine import Prompt, hookimpl
 
@@ -53,21 +66,12 @@ class Words:
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A package of each kind, as written."""
-    path = tmp_path_factory.mktemp("new")
-    for kind, name in NAMES.items():
-        assert new_package(kind, name, path) == path / name
-    return path
-
-
 def pytest_in(folder: Path, python: str | Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", "-q", *options, *NAMES.values()]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_it_installs_passes_its_tests_and_runs(folder: Path, tmp_path: Path) -> None:
+def test_it_installs_passes_its_tests_and_runs(tmp_path: Path) -> None:
     """All four in one fresh environment, built and installed as anybody would."""
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False)
@@ -77,11 +81,9 @@ def test_it_installs_passes_its_tests_and_runs(folder: Path, tmp_path: Path) -> 
     (libraries / "beside.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
     install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    built = tmp_path / "built"  # a build leaves traces where it is made
-    built.mkdir()
-    for kind, name in NAMES.items():
-        new_package(kind, name, built)
-    subprocess.run([*pip, *install, *(str(built / name) for name in NAMES.values())], check=True, timeout=300)
+    folder = tmp_path / "written"
+    packages = [str(new_package(kind, name, folder)) for kind, name in NAMES.items()]
+    subprocess.run([*pip, *install, *packages], check=True, timeout=300)
     for kind, name in NAMES.items():
         assert (libraries / f"{name}.py").is_file(), kind
 
@@ -92,22 +94,15 @@ def test_it_installs_passes_its_tests_and_runs(folder: Path, tmp_path: Path) -> 
     (tmp_path / "run.toml").write_text(RUN)
     (tmp_path / "words.py").write_text(WORDS)
 
-    def rlhf(*words: str) -> str:
-        done = subprocess.run(
-            [str(python), "-m", "rlhf_engine", *words],
-            cwd=tmp_path, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    said = rlhf("plugins", "doctor", "run.toml")
-    for kind, name in NAMES.items():
-        assert any(name in line and f"{name.replace('_', '-')} 0.1.0" in line for line in said.splitlines()), (
-            kind,
-            said,
-        )
-    assert said.splitlines()[-1].endswith("well")
-    rlhf("run", "run.toml")
+    done = subprocess.run(
+        [str(python), "-c", BOTH],
+        cwd=tmp_path, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout.splitlines()
+    for name in NAMES.values():
+        assert any(name in line and f"{name.replace('_', '-')} 0.1.0" in line for line in said), (name, done.stdout)
+    assert "run.toml: well" in said
     with open(tmp_path / "out" / "figures.tsv", newline="") as file:
         rows = list(csv.reader(file, delimiter="\t"))
     assert {row[1] for row in rows} == {"1", "2"}

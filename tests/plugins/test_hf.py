@@ -651,3 +651,26 @@ def test_a_reward_model_with_another_tokenizer_is_refused(policy, tokenizer, tmp
     HFScalar.on_trunk(tmp_path / "reward", pad_id=PAD).save(tmp_path / "reward")
     with pytest.raises(ValueError, match="have different tokenizers"):
         load_models(tmp_path / "policy", reward_model=tmp_path / "reward")
+
+
+def test_reward_models_of_finished_runs_make_an_ensemble(policy, tokenizer, tmp_path):
+    folders = {name: tmp_path / name for name in ("policy", "first", "second")}
+    for name, folder in folders.items():
+        fresh = HFPolicy.fresh(**{**TINY, "vocabulary": len(tokenizer)}, pad_id=PAD, end_id=END, seed=len(name))
+        fresh.save(folder)
+        tokenizer.save(folder)
+        if name != "policy":
+            HFScalar.on_trunk(folder, pad_id=PAD).save(folder)
+    named = [str(folders["first"]), str(folders["second"])]
+    plugin = HuggingFace(policy=str(folders["policy"]), reward_models=named, device="cpu")
+    models = plugin.rlhf_models(run=FakeRun(), stage="rl", needs={"values"})
+    assert isinstance(models.reward_model, list)
+    for member, folder in zip(models.reward_model, named, strict=True):
+        assert_same_weights(member, HFScalar.load_folder(folder))
+        assert not any(p.requires_grad for p in member.parameters())
+    assert_same_weights(models.critic.model.base_model, models.reward_model[0].model.base_model)
+    plugin.reward_models = named[1:]
+    single = plugin.rlhf_models(run=FakeRun(), stage="rl", needs=set()).reward_model
+    assert_same_weights(single, HFScalar.load_folder(named[1]))
+    with pytest.raises(ValueError, match="this run's reward stage would train another, which nothing would use"):
+        plugin.rlhf_models(run=FakeRun(), stage="reward", needs=set())

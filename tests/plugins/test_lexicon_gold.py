@@ -24,3 +24,7 @@ def test_scores_are_those_that_vader_publishes():
 def test_it_is_a_metric_that_nothing_optimises():
     reward = LexiconGold().rlhf_reward(texts=[])
     assert (reward.name, reward.weight, reward.values.shape) == ("lexicon", 0.0, (0,))
+
+
+def test_with_a_weight_it_is_a_reward_like_any_other():
+    assert LexiconGold(weight=0.5).rlhf_reward(texts=["good"]).weight == 0.5

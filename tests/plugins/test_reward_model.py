@@ -1,4 +1,5 @@
-"""The reward model as a reward: read at the last real token, at mean 0 and deviation 1 on the starting policy."""
+"""The reward model as a reward: read at the last real token, at mean 0 and deviation 1 on the starting policy; several
+of them as an ensemble."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 from rlhf_engine import Engine, Models, Prompt, Reward, Rollout
 from rlhf_plugins.grpo import GRPO
 from rlhf_plugins.reward_model import RewardModelScore
-from tests.toys import ToyTokenizer, toy_models, written
+from tests.toys import ToyCritic, ToyTokenizer, toy_models, written
 
 MODELS = toy_models()
 
@@ -94,3 +95,65 @@ def test_it_takes_no_part_in_training() -> None:
     engine.update(batch, torch.optim.SGD(engine.parameters(), lr=0.1))
     assert all(parameter.grad is None for parameter in models.reward_model.parameters())  # type: ignore[attr-defined]
     assert not models.reward_model.training  # type: ignore[attr-defined]
+
+
+# ----------------------------------------------------------------------------------------------------- an ensemble
+
+
+ROLLOUT = written(["a", "b", "c", "d"], ["ab", "cd.", "h", "gg"])
+
+
+def ensemble(*seeds: int) -> Models:
+    return Models(tokenizer=ToyTokenizer(), reward_model=[ToyCritic(seed, head=10.0**seed) for seed in seeds])
+
+
+def member(seed: int, rollout: Rollout, **options: object) -> torch.Tensor:
+    """One model's values by itself."""
+    alone = Models(tokenizer=ToyTokenizer(), reward_model=ToyCritic(seed, head=10.0**seed))
+    return torch.tensor(values(RewardModelScore(**options), rollout, alone))  # type: ignore[arg-type]
+
+
+def test_several_models_count_by_their_mean_less_their_variance_each_on_a_scale_of_its_own() -> None:
+    """Coste et al. 2023, eq. 5, of models whose scales differ by ten."""
+    each = torch.stack([member(seed, ROLLOUT) for seed in (1, 2, 3)])
+    assert each.var(0).min() > 0.01
+    variance = (each - each.mean(0)).square().mean(0)
+    for coefficient in (0.0, 0.1, 2.0):
+        plugin = RewardModelScore(disagreement=coefficient)
+        expected = each.mean(0) - coefficient * variance
+        assert values(plugin, ROLLOUT, ensemble(1, 2, 3)) == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5)
+    default = values(RewardModelScore(), ROLLOUT, ensemble(1, 2, 3))
+    assert default == pytest.approx((each.mean(0) - 0.1 * variance).tolist(), rel=1e-4, abs=1e-5)
+
+
+def test_what_is_not_normalized_is_combined_as_it_stands() -> None:
+    each = torch.stack([member(seed, ROLLOUT, normalize=False) for seed in (1, 2)])
+    expected = each.mean(0) - 0.5 * each.var(0, correction=0)
+    plugin = RewardModelScore(normalize=False, disagreement=0.5)
+    assert values(plugin, ROLLOUT, ensemble(1, 2)) == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_a_single_model_has_no_disagreement_bit_for_bit() -> None:
+    of_one = Models(tokenizer=ToyTokenizer(), reward_model=[ToyCritic(1, head=10.0)])
+    plugin = RewardModelScore(disagreement=9.0)
+    assert values(plugin, ROLLOUT, of_one) == member(1, ROLLOUT).tolist()
+    assert isinstance(plugin.mean, float)
+
+
+def test_an_ensembles_statistics_stay_fixed_and_are_saved_and_loaded(tmp_path: Path) -> None:
+    later = written(["e", "f"], ["aaaa", "b."])
+    plugin, fresh = RewardModelScore(), RewardModelScore()
+    values(plugin, ROLLOUT, ensemble(1, 2))
+    plugin.rlhf_save(tmp_path)
+    fresh.rlhf_load(tmp_path)
+    assert (fresh.mean, fresh.std) == (plugin.mean, plugin.std)
+    assert values(fresh, later, ensemble(1, 2)) == values(plugin, later, ensemble(1, 2))
+    raw = torch.stack([member(seed, ROLLOUT, normalize=False) for seed in (1, 2)])
+    assert plugin.mean == pytest.approx(raw.mean(1).tolist())
+    assert plugin.std == pytest.approx(raw.std(1).tolist())
+
+
+def test_given_statistics_are_one_for_each_model() -> None:
+    plugin = RewardModelScore(mean=[0.0], std=[1.0, 1.0])
+    with pytest.raises(ValueError, match="reward_model has 1 for `mean`, and there are 2 reward models"):
+        values(plugin, ROLLOUT, ensemble(1, 2))
