@@ -12,9 +12,14 @@ __all__ = ["described", "heads_of", "values_of"]
 
 
 def heads_of(policy: Policy, tokens: Tensor, mask: Tensor) -> Heads:
-    """`policy(tokens, mask)`. Raises TypeError if that is not `Heads` of the right shapes."""
-    heads = policy(tokens, mask)
-    fault = _fault(heads, tuple(tokens.shape))
+    """`policy(tokens, mask)`. Raises TypeError if that is not `Heads` for these tokens, and names the policy in
+    whatever it raises itself."""
+    try:
+        heads: Any = policy(tokens, mask)
+    except Exception as error:
+        error.add_note(f"raised by the policy, a {type(policy).__name__}, for tokens of shape {tuple(tokens.shape)}")
+        raise
+    fault = _fault(heads, tokens)
     if fault:
         raise TypeError(
             f"the policy, a {type(policy).__name__}, returned {fault}. For {tuple(tokens.shape)} tokens return "
@@ -35,26 +40,13 @@ def values_of(critic: Critic, tokens: Tensor, mask: Tensor) -> Tensor:
     return values
 
 
-def _fault(heads: Any, positions: tuple[int, ...]) -> str:
-    """What is wrong with a policy's answer, or nothing."""
+def _fault(heads: Any, tokens: Tensor) -> str:
+    """What is wrong with a policy's answer, or nothing. That its parts fit together, `Heads` has checked itself."""
     if not isinstance(heads, Heads):
         return described(heads)
-    if heads.logits is None and (heads.hidden is None or heads.weight is None):
-        return "Heads without logits, and without hidden and weight"
-    per_token = {"logits": heads.logits} if heads.logits is not None else {"hidden": heads.hidden}
-    for name, column in per_token.items():
-        if not isinstance(column, Tensor) or column.dim() != 3 or column.shape[:2] != positions:
-            return f"Heads with {name} as {described(column)}"
-    if heads.logits is None:
-        hidden, weight, bias = heads.hidden, heads.weight, heads.bias
-        assert hidden is not None and weight is not None
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
-            return f"Heads with hidden as {described(hidden)} and weight as {described(weight)}"
-        if bias is not None and bias.shape != weight.shape[:1]:
-            return f"Heads with weight as {described(weight)} and bias as {described(bias)}"
-    if heads.values is not None and heads.values.shape != positions:
-        return f"Heads with values as {described(heads.values)}"
-    return ""
+    name, column = ("hidden", heads.hidden) if heads.logits is None else ("logits", heads.logits)
+    assert column is not None
+    return "" if column.shape[:2] == tokens.shape else f"Heads with {name} as {described(column)}"
 
 
 def described(answer: Any) -> str:

@@ -35,11 +35,16 @@ class Tokenizer(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
+SHAPES = {"logits": "[B, L, V]", "hidden": "[B, L, H]", "weight": "[V, H]", "bias": "[V]", "values": "[B, L]"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Heads:
     """What a policy says of the next token at every position: either `logits`, or what makes them.
 
     logits = softcap(hidden @ weight.T + bias), which the fused kernel never writes out.
+
+    Raises TypeError for what is no tensor, ValueError for parts that are missing, too many or do not fit together.
     """
 
     logits: Tensor | None = None
@@ -53,6 +58,40 @@ class Heads:
     softcap: float | None = None
     values: Tensor | None = None
     """[B, L] fp32: the value at every position, where the policy has a value head of its own"""
+
+    def __post_init__(self) -> None:
+        for name, shape in SHAPES.items():
+            part = getattr(self, name)
+            if part is None:
+                continue
+            if not isinstance(part, Tensor):
+                raise TypeError(f"Heads({name}=...) is a {type(part).__name__}; give a tensor of shape {shape}")
+            if part.dim() != shape.count(",") + 1:
+                raise ValueError(f"Heads({name}=...) has the shape {list(part.shape)}; it must be {shape}")
+        given = [name for name in ("hidden", "weight", "bias", "softcap") if getattr(self, name) is not None]
+        if self.logits is not None and given:
+            raise ValueError(f"Heads got logits and {' and '.join(given)}: give logits, or what makes them, not both")
+        if self.logits is None and (self.hidden is None or self.weight is None):
+            raise ValueError(f"Heads got {' and '.join(given) or 'neither'}; it needs logits, or hidden and weight")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"Heads(softcap={self.softcap}): it must be greater than 0, or None for no soft cap")
+        self._require_sizes()
+
+    def _require_sizes(self) -> None:
+        """The parts must agree on each size that they share."""
+        sizes: dict[str, tuple[str, int]] = {}
+        for name, shape in SHAPES.items():
+            part = getattr(self, name)
+            if part is None:
+                continue
+            for letter, size in zip(shape.strip("[]").split(", "), part.shape, strict=True):
+                first, expected = sizes.setdefault(letter, (name, size))
+                if size != expected:
+                    raise ValueError(
+                        f"Heads({name}=...) has the shape {list(part.shape)}, which does not fit {first}, of shape "
+                        f"{list(getattr(self, first).shape)}: {name} is {shape} and {first} {SHAPES[first]}, and "
+                        f"{letter} differs"
+                    )
 
     def logprobs(
         self, tokens: Tensor, mask: Tensor, *, start: int, temperature: float = 1.0, entropy: bool = False

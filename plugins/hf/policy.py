@@ -102,7 +102,8 @@ class HFPolicy(nn.Module):
 
     def language_heads(self, tokens: Tensor, mask: Tensor) -> Heads:
         """The same without values."""
-        return self._heads(hidden_states(self.model, tokens, mask))
+        weight, bias, softcap = self._head()
+        return Heads(hidden=hidden_states(self.model, tokens, mask), weight=weight, bias=bias, softcap=softcap)
 
     def generate(
         self, tokens: Tensor, mask: Tensor, *, length: int, temperature: float, end_id: int
@@ -139,16 +140,15 @@ class HFPolicy(nn.Module):
             with torch.no_grad():
                 self.value_head.copy_(load_file(file)["value_head"])
 
-    def _heads(self, hidden: Tensor) -> Heads:
+    def _head(self) -> tuple[Tensor, Tensor | None, float | None]:
+        """Weight, bias and soft cap of the output layer."""
         head = self.model.get_output_embeddings()
-        softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return Heads(hidden=hidden, weight=head.weight, bias=head.bias, softcap=softcap)
+        return head.weight, head.bias, getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        heads = self._heads(hidden)
-        assert heads.weight is not None
-        logits = linear(hidden.to(heads.weight.dtype), heads.weight, heads.bias).float()
-        return logits if heads.softcap is None else torch.tanh(logits / heads.softcap) * heads.softcap
+        weight, bias, softcap = self._head()
+        logits = linear(hidden.to(weight.dtype), weight, bias).float()
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
     @torch.no_grad()
     def _require_known_behaviour(self) -> None:

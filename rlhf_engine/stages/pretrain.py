@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf_engine.batch import Document, Output, Split
 from rlhf_engine.engine import ask_loss, combine, step_optimizer
+from rlhf_engine.heads import heads_of
 from rlhf_engine.hookspecs import Stage, hookimpl
 from rlhf_engine.models import Models, Policy, Tokenizer
 from rlhf_engine.run import Run
@@ -121,7 +122,7 @@ def token_stream(run: Run, tokenizer: Tokenizer, split: Split) -> Iterator[int]:
 def next_token_output(policy: Policy, tokens: Tensor) -> Output:
     """What the policy says of every token of `[B, L]` blocks but the first: columns `[B, L - 1]`."""
     everything = torch.ones_like(tokens, dtype=torch.bool)
-    heads = policy(tokens, everything)
+    heads = heads_of(policy, tokens, everything)
     return Output(logp=heads.logprobs(tokens[:, 1:], everything[:, 1:], start=0).logp)
 
 

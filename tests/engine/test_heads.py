@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from rlhf_engine import Engine, Heads, Prompt
+from rlhf_engine.stages.pretrain import next_token_output
 from rlhf_plugins.grpo import GRPO
 from rlhf_plugins.ppo import PPO
 from tests.toys import Count, HiddenPolicy, ToyCritic, toy_models, written
@@ -32,19 +32,8 @@ class Gru(HiddenPolicy):
         (lambda p, h: h @ p.head.T, r"a tensor of shape \(2, 5, 11\)"),
         (lambda p, h: (h, p.head), "a tuple"),
         (lambda p, h: None, "a NoneType"),
-        (lambda p, h: Heads(hidden=h), "Heads without logits, and without hidden and weight"),
-        (lambda p, h: Heads(logits=(h @ p.head.T)[:, -1]), r"Heads with logits as a tensor of shape \(2, 11\)"),
         (lambda p, h: Heads(logits=(h @ p.head.T)[:, 1:]), r"Heads with logits as a tensor of shape \(2, 4, 11\)"),
         (lambda p, h: Heads(hidden=h.transpose(0, 1), weight=p.head), r"hidden as a tensor of shape \(5, 2, 8\)"),
-        (lambda p, h: Heads(hidden=h, weight=p.head.T), r"\(2, 5, 8\) and weight as a tensor of shape \(8, 11\)"),
-        (
-            lambda p, h: Heads(hidden=h, weight=p.head, bias=torch.zeros(8)),
-            r"weight as a tensor of shape \(11, 8\) and bias as a tensor of shape \(8,\)",
-        ),
-        (
-            lambda p, h: Heads(hidden=h, weight=p.head, values=h[:, :, :1]),
-            r"Heads with values as a tensor of shape \(2, 5, 1\)",
-        ),
     ],
 )
 def test_a_policys_wrong_answer_names_it_and_what_was_allowed(
@@ -57,9 +46,21 @@ def test_a_policys_wrong_answer_names_it_and_what_was_allowed(
         engine.score(ROLLOUT, PROMPTS)
 
 
-def test_it_is_told_in_sampling_in_the_reference_and_in_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_policy_raises_itself_names_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads that are wrong in themselves, above all: these raise where the policy makes them."""
+    monkeypatch.setattr(Gru, "answer", lambda p, h: Heads(hidden=h, weight=p.head.T))
+    with pytest.raises(ValueError, match="does not fit hidden") as raised:
+        Engine([PPO(), Count()], toy_models(Gru())).score(ROLLOUT, PROMPTS)
+    assert raised.value.__notes__[0] == "raised by the policy, a Gru, for tokens of shape (2, 5)"
+
+
+def test_it_is_told_in_pretraining_in_sampling_in_the_reference_and_in_the_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(Gru, "answer", lambda p, h: h @ p.head.T)
     wanted = "the policy, a Gru, returned a tensor of shape"
+    with pytest.raises(TypeError, match=wanted):
+        next_token_output(Gru(), ROLLOUT.prompt_tokens)
     with pytest.raises(TypeError, match=wanted):
         Engine([PPO(), Count()], toy_models(Gru())).generate(PROMPTS)
     models = toy_models()
