@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from queue import SimpleQueue
-from threading import Thread
+from functools import partial
 from typing import Any
 
 import pluggy
@@ -31,10 +31,10 @@ def main() -> None:
     questions, answers = (int(number) for number in sys.argv[1:])
     for descriptor in (questions, answers):
         os.set_inheritable(descriptor, False)  # what the plugin starts must not keep them open
-    lines: SimpleQueue[str] = SimpleQueue()
-    Thread(target=_read, args=(questions, lines), daemon=True).start()
+    _end_with_the_other_side(questions, answers)
+    lines = os.fdopen(questions, encoding="ascii")
     out = os.fdopen(answers, "w", encoding="ascii")
-    recipe = json.loads(lines.get())
+    recipe = json.loads(next(lines))
     implementation = None
 
     def reply(what: Callable[[], dict[str, Any]]) -> None:
@@ -52,20 +52,26 @@ def main() -> None:
         return {}
 
     reply(begin)
-    while implementation is not None:
-        reply(lambda: _answer(implementation, recipe["name"], json.loads(lines.get())))
+    if implementation is not None:
+        for line in lines:
+            reply(partial(_answer, implementation, recipe["name"], line))
 
 
-def _read(questions: int, lines: SimpleQueue[str]) -> None:
-    """Also while the plugin is busy or hangs, so that its process never outlives the one that it works for."""
-    with os.fdopen(questions, encoding="ascii") as stream:
-        for line in stream:
-            lines.put(line)
+def _end_with_the_other_side(questions: int, answers: int) -> None:
+    """Let a process of its own kill this group when nobody is left to write questions. A thread could not: the plugin
+    may hang inside a library that lets no other thread run."""
+    if os.fork():
+        return
+    os.close(answers)  # or the other side would not see this process end
+    watched = select.poll()
+    watched.register(questions, 0)  # for nothing but its end, which is always told
+    watched.poll()
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 @torch.no_grad()
-def _answer(implementation: pluggy.HookImpl, name: str, question: dict[str, Any]) -> dict[str, Any]:
+def _answer(implementation: pluggy.HookImpl, name: str, line: str) -> dict[str, Any]:
+    question = json.loads(line)
     prompts = [Prompt(**prompt) for prompt in question["prompts"]]
     offered = {"texts": question["texts"], "prompts": prompts, "rollout": None, "models": None}
     answer: Any = implementation.function(*(offered[argument] for argument in implementation.argnames))

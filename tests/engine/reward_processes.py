@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,9 +37,11 @@ class Length:
         return Reward(name="length", values=torch.tensor(values), weight=self.weight)
 
     def meet(self, text: str, prompt: Prompt) -> None:
-        if text == "bb":
+        if text in ("bb", "ff"):
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
             Path(self.folder, "hung").write_text(f"{os.getpid()} {child.pid}")
+            if text == "ff":  # inside a library, which lets no other thread run
+                re.match(r"(a+)+$", "a" * 40 + "b")
             while True:  # busy, as no thread could be stopped
                 pass
         if text == "ccc":

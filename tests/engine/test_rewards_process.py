@@ -119,12 +119,13 @@ from tests.engine.reward_processes import Length
 from tests.toys import toy_models, written
 made = Engine([GRPO()], toy_models(), rewards=[Length(folder={folder!r})], samples_per_prompt=2,
               reward_options={{"Length": RewardOptions(process=True)}})
-made.score(written(["c"], ["bb", "h"], samples=2), [Prompt(text="c")])
+made.score(written(["c"], [{text!r}, "h"], samples=2), [Prompt(text="c")])
 """
 
 
-def test_a_process_does_not_outlive_the_one_that_it_works_for(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SCRIPT.format(folder=str(tmp_path))]
+@pytest.mark.parametrize("text", ["bb", "ff"])
+def test_a_process_does_not_outlive_the_one_that_it_works_for(tmp_path: Path, text: str) -> None:
+    command = [sys.executable, "-c", SCRIPT.format(folder=str(tmp_path), text=text)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     for _ in range(600):
