@@ -19,7 +19,7 @@ demo: $(READY) $(RATINGS)  ## pretrain, learn a reward from human ratings, run P
 	@$(BIN)/rlhf run examples/movies.toml
 
 test: $(RATINGS) $(TEST_READY)  ## run the test suite
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
 
 bench: $(TEST_READY)  ## time operations and training steps beside their rivals; a report with pictures (9 minutes)
 	@$(BIN)/rlhf bench --quick --minutes 9

@@ -49,7 +49,7 @@ TRACKIO = ["trackio>=0.43,<0.44"]
 # Pinned: what a scorer says of an answer is part of a run's result.
 REWARDS = ["math-verify==0.9.0", "reasoning-gym==0.1.25"]
 DEMO = [*HF, *DATA, "scikit-learn>=1.5", "scipy>=1.13", "threadpoolctl>=3.5", "matplotlib>=3.9"]
-TOOLS = ["pytest>=8.1", "hypothesis>=6.100", "pytest-benchmark>=5.1"]
+TOOLS = ["pytest>=8.1", "hypothesis>=6.100", "pytest-benchmark>=5.1", "pytest-xdist>=3.8"]
 TEST = [*DEMO, *TRITON, *LORA, *TRL, *TENSORBOARD, *TRACKIO, *REWARDS, *TOOLS]
 LINT = ["ruff>=0.17,<0.18", "mypy>=2.4,<3"]
 # Whom the benchmarks are measured against; a ratio means nothing against "some TRL".

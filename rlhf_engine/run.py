@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from rlhf_engine.checkpoint import DamagedCheckpoint, text_hash, verify_folder
-from rlhf_engine.config import ConfigError, RunFile
+from rlhf_engine.config import ConfigError, RunFile, table_name
 from rlhf_engine.manager import PluginError, distribution, load_plugins, manager, require, stages, unknown_stage
 
 __all__ = ["Run", "log"]
@@ -47,9 +47,14 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Everything that decides the result, as plain data."""
+        """Everything that decides the result, as plain data. A plugin with a method `decides` says what of its table
+        does; the rest may change in a run that has begun."""
         options = self.file.options.model_dump(exclude={"folder"})
-        return {"run": options, **{name: self.file.tables[name] for name in sorted(self.file.tables)}}
+        tables = {name: self.file.tables[name] for name in sorted(self.file.tables)}
+        for name, plugin in self.plugins.items():
+            if hasattr(plugin, "decides") and table_name(name) in tables:
+                tables[table_name(name)] = plugin.decides(tables[table_name(name)])
+        return {"run": options, **tables}
 
     @property
     def config_hash(self) -> str:

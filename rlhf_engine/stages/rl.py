@@ -66,6 +66,13 @@ class RL:
             name: build(RewardOptions, table, where=f"[rl.rewards.{name}]") for name, table in self.rewards.items()
         }
 
+    def decides(self, table: dict[str, Any]) -> dict[str, Any]:
+        """All but how a reward is asked and what happens when it fails: whoever reads that a reward failed may change
+        that, and go on. On what scale a reward counts does decide."""
+        scales = {name: {"normalize": True} for name, of in self.reward_options.items() if of.normalize}
+        rest = {key: value for key, value in table.items() if key != "rewards"}
+        return {**rest, "rewards": scales} if scales else rest
+
     @hookimpl
     def rlhf_stages(self) -> dict[str, Stage]:
         hooks = (

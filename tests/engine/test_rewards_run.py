@@ -211,6 +211,17 @@ def test_a_resumed_run_ends_with_the_same_bits(
         assert changed == []
 
 
+def test_what_happens_when_a_reward_fails_may_change_in_a_run_that_has_begun(tmp_path: Path) -> None:
+    """A run stops by a failing reward; told to leave such samples out, it goes on. The scale of a reward stays."""
+    with pytest.raises(OSError, match="the judge is down"):
+        load(tmp_path, {}, Flaky={"letter": "c"}).execute()
+    with pytest.raises(ConfigError, match=r"another configuration \(changed: rl\.rewards\.Flaky\.normalize\)"):
+        load(tmp_path, {"Flaky": {"normalize": True}}, Flaky={"letter": "c"}).execute()
+    again = load(tmp_path, {"Flaky": {"on_failure": "abstain"}}, Flaky={"letter": "c"})
+    again.execute()
+    assert again.results("rl")["rewards"]["Flaky"]["failures"] > 0
+
+
 # ------------------------------------------------------------------------------------------- refused before work
 
 

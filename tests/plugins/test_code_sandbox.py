@@ -20,6 +20,7 @@ from rlhf_plugins.code_sandbox import CodeSandbox, code_of, sandbox
 from rlhf_plugins.code_sandbox.sandbox import Walls, passed_tests, strongest
 
 RIGHT = "def add(a, b):\n    return a + b\n"
+FORGED = "import os\nfor where in range(30):\n    try: os.write(where, b'0' * 32 + b' 0\\n')\n    except OSError: pass"
 TESTS = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0", "assert add('a', 'b') == 'ab'"]
 
 
@@ -168,9 +169,9 @@ def test_tests_that_passed_before_the_time_was_over_count(walls: Walls) -> None:
 
 @pytest.mark.parametrize(
     "code",
-    ["raise SystemExit(0)", "import os; os._exit(0)", "import os; os.kill(os.getpid(), 9)", "print('0' * 32, 0)"],
+    ["raise SystemExit(0)", "import os; os._exit(0)", "import os; os.kill(os.getpid(), 9)", FORGED],
 )
-def test_ending_early_or_printing_a_report_passes_no_test(walls: Walls, code: str) -> None:
+def test_ending_early_or_writing_a_report_passes_no_test(walls: Walls, code: str) -> None:
     assert run(walls, code, "assert False") == 0
 
 
@@ -281,6 +282,7 @@ def test_without_namespaces_the_log_says_once_what_is_missing(
         assert "does not keep an answer from using the network; from killing" in caplog.text
         assert run(walls, RIGHT, *TESTS) == 3
         test_processes_are_bounded(walls)
+        test_its_children_end_with_it(walls, "False")
     finally:
         strongest.cache_clear()
 

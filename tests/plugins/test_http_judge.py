@@ -158,6 +158,13 @@ def test_an_error_says_what_the_server_said_and_a_second_try_asks_only_what_is_l
     assert server.asked["p|a"] == 2  # what is remembered is for the next try alone
 
 
+def test_after_an_error_no_more_calls_begin(server: Server) -> None:
+    server.answer = lambda question: (400, {}, "no such model")
+    with pytest.raises(RuntimeError, match="answered 400 Bad Request: no such model"):
+        values(judge(server, at_once=2), *(str(number) for number in range(200)))
+    assert sum(server.asked.values()) < 100
+
+
 def test_too_many_requests_waits_as_long_as_the_server_says(server: Server) -> None:
     def busy(question: str) -> Answer:
         return (429, {"Retry-After": "0.2"}, "busy") if server.asked[question] < 3 else says("Score: 4")
@@ -175,6 +182,15 @@ def test_it_does_not_wait_longer_than_its_patience_nor_without_being_told(server
     with pytest.raises(RuntimeError, match="answered 429 Too Many Requests: busy"):
         values(judge(server, patience=1.0), "a")
     assert server.asked["p|a"] == 1
+
+
+def test_patience_is_for_all_waits_of_a_call_together(server: Server) -> None:
+    server.answer = lambda question: (
+        (503, {"Retry-After": "0.2"}, "busy") if server.asked[question] < 5 else says("Score: 1")
+    )
+    with pytest.raises(RuntimeError, match="answered 503 Service Unavailable: busy"):
+        values(judge(server, patience=0.5), "a")
+    assert server.asked["p|a"] == 3
 
 
 def test_a_server_that_says_nothing_and_one_that_is_not_there(server: Server) -> None:

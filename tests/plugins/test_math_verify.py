@@ -24,6 +24,7 @@ PAIRS = [
     ("$x + 1$", "$1 + x$", 1),
     (r"$\{2, 1\}$", r"\{1, 2\}", 1),
     (r"$(1, 3)$", r"(1, 3]", 0),
+    ("$(1, 2)$", "1 < x < 2", 1),  # where the relation is the reference, an interval says the same
     ("It is 5", "6", 0),
     ("I do not know", "6", 0),
     ("", "6", 0),
