@@ -9,16 +9,21 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from rlhf_engine import Engine, FunctionReward, Models, Prompt
-from rlhf_plugins.grpo import GRPO
+from rlhf_engine import Engine, Prompt, Reward, hookimpl
+from rlhf_engine.config import read_run_file
+from rlhf_engine.run import Run
 from rlhf_plugins.hf import HFPolicy, HFTokenizer
-from rlhf_plugins.ppo import PPO
+from tests.engine.test_resume import differences
+from tests.toys import run_file
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SENTENCES = ["This film was good", "I thought the plot was long and dull", "a short film", "the long, long plot"]
@@ -174,44 +179,118 @@ def gru(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("gru_policy")
 
 
-def share_of_a(texts: list[str]) -> list[float]:
-    return [text.count("a") / max(len(text), 1) for text in texts]
+@dataclass(eq=False)
+class Letters:
+    """Prompts, a reward that a model which is rewarded for one letter soon learns, and the course of the run."""
+
+    scores: list[float] = field(default_factory=list, init=False)
+    first_kls: list[float] = field(default_factory=list, init=False)
+
+    @hookimpl
+    def rlhf_prompts(self) -> list[Prompt]:
+        return [Prompt(text=text, split=split) for text in SENTENCES for split in ("train", "heldout")]
+
+    @hookimpl
+    def rlhf_reward(self, texts: list[str]) -> Reward:
+        shares = [text.count("a") / max(len(text), 1) for text in texts]
+        return Reward(name="share_of_a", values=torch.tensor(shares))
+
+    @hookimpl
+    def rlhf_step_end(self, metrics: dict[str, Any]) -> None:
+        self.scores.append(metrics["score"])
+        self.first_kls.append(metrics["first_approx_kl"])
 
 
-@pytest.mark.parametrize("algorithm", [PPO(), GRPO()])
-def test_any_algorithm_trains_a_policy_that_is_no_transformer(gru: Any, algorithm: object) -> None:
-    torch.manual_seed(0)
-    policy = gru.GRULanguageModel(32)
-    engine = Engine(
-        [algorithm, FunctionReward(share_of_a)],
-        Models(tokenizer=gru.Bytes(), policy=policy),
-        response_length=8,
-        samples_per_prompt=4,
+def gru_run(folder: Path, algorithm: str) -> Run:
+    plugins = ["gru_policy:GRUPolicy", f"{__name__}:Letters", algorithm, "kl_penalty"]
+    options: dict[str, Any] = {"steps": 16, "prompts_per_step": 16, "samples_per_prompt": 4, "minibatch_size": 32}
+    options |= {"response_length": 8, "learning_rate": 4e-2, "checkpoint_every": 9, "evaluation_prompts": 4}
+    folder.mkdir()
+    run = {"stages": ["rl"], "plugins": plugins, "threads": 1}
+    return Run(
+        read_run_file(run_file(folder, run=run, rl=options, kl_penalty={"beta": 1e-4}, GRUPolicy={"hidden": 32}))
     )
-    optimizer = torch.optim.AdamW(engine.parameters(), lr=2e-2)
-    prompts = [Prompt(text=text) for text in SENTENCES]
-    scores = []
-    for _ in range(30):
-        batch = engine.experience(engine.generate(prompts), prompts)
-        scores.append(float(batch.scores.mean()))
-        metrics = [engine.update(batch, optimizer) for _ in range(2)]
-        assert abs(metrics[0]["approx_kl"]) < 1e-6
-    assert sum(scores[:3]) < 0.15 and sum(scores[-3:]) > 1.0, scores
 
 
-@torch.no_grad()
-def test_padding_changes_no_answer_of_the_gru(gru: Any) -> None:
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_any_algorithm_trains_a_policy_that_is_no_transformer(
+    gru: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    """In a run, with a reference; and a run that is stopped within a cycle ends with the same bits."""
+    whole = gru_run(tmp_path / "whole", algorithm)
+    whole.execute()
+    course = whole.plugins[f"{__name__}:Letters"]
+    assert max(course.scores[:2]) < 0.1 and min(course.scores[-2:]) > 0.3, course.scores
+    assert max(map(abs, course.first_kls)) < 1e-6
+
+    update, updates = Engine.update, []
+
+    def stopped(self: Engine, *arguments: Any, **options: Any) -> dict[str, float]:
+        updates.append(1)
+        if len(updates) == 23:
+            raise KeyboardInterrupt
+        return update(self, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "update", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            gru_run(tmp_path / "stopped", algorithm).execute()
+    (tmp_path / "stopped").rename(tmp_path / "moved")
+    again = gru_run(tmp_path / "stopped", algorithm)
+    (tmp_path / "moved" / "out").rename(again.folder)
+    again.execute()
+    assert differences(again.folder, whole.folder) == []
+
+
+@pytest.mark.parametrize(("left", "right"), [(False, False), (True, False), (False, True), (True, True)])
+def test_padding_changes_no_answer_of_the_gru(gru: Any, left: bool, right: bool) -> None:
+    """Rows of many lengths beside one another answer as each does alone, in gradients too, whatever the padding is."""
     torch.manual_seed(0)
     policy = gru.GRULanguageModel(16)
-    tokens = torch.randint(256, (3, 7))
-    mask = torch.ones(3, 7, dtype=torch.bool)
-    plain = policy(tokens, mask)
-    junk = torch.randint(256, (3, 2))
-    no = torch.zeros(3, 2, dtype=torch.bool)
-    padded = policy(torch.cat([junk, tokens, junk], 1), torch.cat([no, mask, no], 1))
-    torch.testing.assert_close(padded.hidden[:, 2:-2], plain.hidden, atol=1e-6, rtol=0)
-    torch.testing.assert_close(padded.values[:, 2:-2], plain.values, atol=1e-6, rtol=0)
-    assert not torch.allclose(plain.hidden[:, 1:], plain.hidden[:, :-1], atol=1e-3)
+    torch.nn.init.normal_(policy.value.weight)
+    rows = [torch.randint(256, (length,)) for length in ((7, 7) if not (left or right) else (7, 1, 30, 12, 2))]
+    width = max(map(len, rows)) + left + right
+    tokens, mask = torch.randint(258, (len(rows), width)), torch.zeros(len(rows), width, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        gap = width - len(row)
+        start = gap // 2 if left and right else gap if left else 0
+        tokens[number, start : start + len(row)], mask[number, start : start + len(row)] = row, True
+
+    together = policy(tokens, mask)
+    alone = [policy(row[None], torch.ones(1, len(row), dtype=torch.bool)) for row in rows]
+    hidden, values = (torch.cat([getattr(heads, name)[0] for heads in alone]) for name in ("hidden", "values"))
+    torch.testing.assert_close(together.hidden[mask], hidden, atol=1e-6, rtol=0)
+    torch.testing.assert_close(together.values[mask], values, atol=1e-6, rtol=0)
+    assert (hidden[1:] - hidden[:-1]).abs().amax(1).min() > 1e-3  # there is something to mix up
+    weights = torch.randn(len(hidden), 16)
+    gradients = [
+        torch.autograd.grad((states * weights).sum(), [policy.embedding.weight, *policy.gru.parameters()])
+        for states in (together.hidden[mask], hidden)
+    ]
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_gru_goes_on_from_what_pretraining_left(gru: Any, tmp_path: Path) -> None:
+    """With a reference where one is needed: the same weights, frozen, of its own."""
+    torch.manual_seed(7)
+    gru.GRULanguageModel(16).save(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    run: Any = SimpleNamespace(seed=0, result={"pretrain": tmp_path}.get)
+    plugin = gru.GRUPolicy(hidden=16)
+    models = plugin.rlhf_models(run, "rl", {"ref_logp"})
+    for model in (models.policy, models.reference):
+        assert all(torch.equal(weight, saved[name]) for name, weight in model.state_dict().items())
+    assert not any(weight.requires_grad for weight in models.reference.parameters())
+    pairs = zip(models.policy.parameters(), models.reference.parameters(), strict=True)
+    assert all(ours.data_ptr() != theirs.data_ptr() for ours, theirs in pairs)
+    assert plugin.rlhf_models(run, "rl", set()).reference is None
+    fresh = plugin.rlhf_models(run, "pretrain", set()).policy.head.weight
+    torch.manual_seed(8)  # only the run's seed counts
+    same = plugin.rlhf_models(run, "pretrain", set()).policy.head.weight
+    assert torch.equal(fresh, same) and not torch.equal(fresh, models.policy.head.weight)
+    with pytest.raises(ValueError, match="gru_policy has no reward model: leave the stage out"):
+        plugin.rlhf_models(run, "reward", set())
 
 
 def test_the_gru_comes_back_bit_for_bit_and_refuses_another_size(gru: Any, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_reward_model_reads_a_preference_as_it_reads_a_rollout(folder, tmp_pat
         prompt_tokens=asked, prompt_mask=asked >= 0, tokens=answer, mask=answer >= 0, group=torch.zeros(1).long(),
         logp=torch.zeros(answer.shape), ended=torch.tensor([True]),
     )  # fmt: skip
-    in_stage_3 = RewardModelScore().score(rollout, models)
+    in_stage_3 = RewardModelScore().score(rollout, models, models.reward_model)
     torch.testing.assert_close(in_stage_3, in_stage_2["chosen"], atol=1e-6, rtol=0)
     raw = load_models(folder, reward_model=tmp_path / "reward")
     unread = score_pairs(raw, [Preference(prompt="good?", chosen=" very good", rejected=" bad")])
