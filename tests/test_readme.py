@@ -62,6 +62,7 @@ def test_commands_that_only_tell(command: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     expected = {HERE[-1]: "It fits", "rlhf plugins": "ppo", "rlhf plugins examples/movies.toml": "kl_penalty (wraps)"}
+    expected["rlhf plugins doctor examples/movies.toml"] = "examples/movies.toml: well"
     assert expected.get(command, "linear_logprobs") in done.stdout
 
 
