@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -48,7 +48,7 @@ class LoraPolicy(HFPolicy):
         turned = any(isinstance(module, Conv1D) for module in model.modules())
         settings = LoraConfig(
             r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type] # any number will do
+            lora_alpha=cast(Any, alpha),  # any number will do
             target_modules=None if targets == "default" else targets,
             fan_in_fan_out=turned,
             base_model_name_or_path=model.config.name_or_path or None,
