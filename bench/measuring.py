@@ -62,23 +62,25 @@ def measure_all(request: Request, show: bool = True) -> Results:
     results = Results(header(rounds=request.options.rounds), limits)
     if show:
         print(tables.head(results) + "\n", flush=True)
-    if "step" in names and not request.times_only:  # first: where time runs out, it is the operations' sweeps that go
+    # What is least missed where time runs out comes last: how the cost grows.
+    if "step" in names and not request.times_only:
         from .steps import measure_steps
 
         results.records.extend(measure_steps(request.options, clock, show))
     with Server() as memory:
-        for at, bench in enumerate(benches.values()):
-            share = clock.share(len(benches) - at)
-            results.records.extend(_of_one(bench, request, limits, share, memory, show))
-            if request.json:  # also where the rest is cut off
-                results.save(request.json)
+        for part in (_cases_of_one, _sweeps_of_one):
+            for at, bench in enumerate(benches.values()):
+                share = clock.share(len(benches) - at)
+                results.records.extend(part(bench, request, limits, share, memory, show))
+                if request.json:  # also where the rest is cut off
+                    results.save(request.json)
     return results
 
 
-def _of_one(
+def _cases_of_one(
     bench: Bench, request: Request, limits: dict[str, float], clock: Clock, memory: Server, show: bool
 ) -> list[Record]:
-    """One operation: its cases, then memory and huge pages for those, then its sweeps."""
+    """One operation: the cases that were asked for, then memory and huge pages for those."""
     cases, records = cases_of(bench, request), []
     if not cases:
         return []
@@ -96,14 +98,27 @@ def _of_one(
         records = [with_memory(bench, record, device, memory, clock) for record in records]
         if device.type == "cpu":
             records = with_huge_pages(records, bench.operation, request, clock)
-        no_sweeps = request.shapes or request.reference_only
-        sweeps = [] if no_sweeps else [case for case in bench.sweep_cases() if case not in cases]
-        options = replace(request.options, seconds=request.options.seconds / 2, compiled="left out of the sweeps")
-        for case in sweeps:
-            found = surviving(bench, case, options, limits, clock)
-            records.extend(with_memory(bench, record, device, memory, clock) for record in found)
     if show:
         print("".join(f"\n{reason}" for reason in tables.untimed(records)) + "\n", flush=True)
+    return records
+
+
+def _sweeps_of_one(
+    bench: Bench, request: Request, limits: dict[str, float], clock: Clock, memory: Server, show: bool
+) -> list[Record]:
+    """One operation: how its cost grows along each axis, for the pictures."""
+    if request.times_only or request.smoke or request.shapes or request.reference_only:
+        return []
+    options = replace(request.options, seconds=request.options.seconds / 2, compiled="left out of the sweeps")
+    asked = cases_of(bench, request)
+    records: list[Record] = []
+    for case in bench.sweep_cases():
+        if case not in asked:
+            found = surviving(bench, case, options, limits, clock)
+            records.extend(with_memory(bench, record, request.where, memory, clock) for record in found)
+    if show and records:
+        left_out = sum(record.why == OUT_OF_TIME for record in records)
+        print(f"{bench.operation}: growth" + (f", {left_out} cases {OUT_OF_TIME}" if left_out else ""), flush=True)
     return records
 
 
