@@ -16,9 +16,9 @@ from .ceilings import COPY, matmul_name
 from .record import Record, Results
 from .tables import grouped
 
-OURS = {"ours, torch": "#0b5fa5", "ours, Triton": "#063a66"}
-OTHERS = ["#d1495b", "#edae49", "#3a8a5c", "#8d6cab", "#7a7a7a", "#c27ba0", "#5b5b8c", "#a67c52"]
-MARKERS = "sD^vPX*h"
+OURS = {"ours, torch": "#0b5fa5", "ours, Triton": "#063a66", "ours, two operations": "#62a8dd"}
+OTHERS = ["#d1495b", "#edae49", "#3a8a5c", "#8d6cab", "#7a7a7a", "#c27ba0", "#5b5b8c", "#a67c52", "#2f9e9e"]
+MARKERS = "sD^vPX*h"  # as many as have no divisor in common with the colours: 72 pairs
 
 
 class Style:
@@ -144,29 +144,43 @@ def roofline(records: Sequence[Record], ceilings: dict[str, float]) -> Any:
                   textcoords="offset points", arrowprops={"arrowstyle": "-", "linewidth": 0.8})  # fmt: skip
     for dtype, peak in peaks.items():
         plot.plot([peak / slope, high], [peak, peak], color="black", linewidth=1.2)
-        plot.text(high, peak * 1.06, f"matrix product {dtype}, {peak:.3g} TFLOP/s", fontsize=9, ha="right")
+        plot.text(bend * 1.1, peak * 1.06, f"matrix product {dtype}, {peak:.3g} TFLOP/s", fontsize=9)
     for of, x in chosen:
         for record in of:
             hollow: dict[str, Any] = {} if record.dtype == "float32" else {"markerfacecolor": "white"}
             plot.plot(
                 x, record.tflop_per_second or 0.0, **style.of(record.contestant) | {"linestyle": "none"}, **hollow
             )
-    places: list[float] = []
-    for operation in dict.fromkeys(of[0].operation for of, _ in chosen):
-        own = [(x, min(r.tflop_per_second or 1.0 for r in of)) for of, x in chosen if of[0].operation == operation]
-        x, y = min(own, key=lambda point: point[1])
-        crowd = sum(abs(math.log(x / other)) < 0.7 for other in places)
-        plot.annotate(operation, (x, y), (0, -16 - 11 * crowd), textcoords="offset points", fontsize=8.5, ha="center")
-        places.append(x)
     plot.set_xlabel("FLOP per byte of the least work")
     plot.set_ylabel("TFLOP/s of the least work")
     plot.set_title("Roofline: each operation's largest case of each dtype and direction (hollow: 16 bits)")
-    bottom, _ = plot.get_ylim()
-    plot.set_ylim(bottom / 4, None)
     plot.set_xlim(low, high * 1.1)
     plot.grid(True, which="major", alpha=0.35)
+    _names_at_the_foot(plot, chosen)
     _legend_below(figure, style)
     return figure
+
+
+def _names_at_the_foot(plot: Any, chosen: Sequence[tuple[list[Record], float]]) -> None:
+    """Each operation's name upright below its lowest point, moved aside where two would cover each other."""
+    lowest: dict[str, tuple[float, float]] = {}
+    for of, x in chosen:
+        point = (min(r.tflop_per_second or 1.0 for r in of), x)
+        lowest[of[0].operation] = min(point, lowest.get(of[0].operation, point))
+    names = sorted(lowest, key=lambda name: lowest[name][1])
+    wanted = [math.log10(lowest[name][1]) for name in names]
+    left, right = map(math.log10, plot.get_xlim())
+    gap, placed = (right - left) / 55, [wanted[0]]
+    for x in wanted[1:]:
+        placed.append(max(x, placed[-1] + gap))
+    late = sum(there - x for there, x in zip(placed, wanted, strict=True)) / len(names)
+    bottom, top = map(math.log10, plot.get_ylim())
+    foot = 10 ** (bottom - 0.25 * (top - bottom))
+    plot.set_ylim(foot, None)
+    for name, x in zip(names, placed, strict=True):
+        height, at = lowest[name]
+        plot.annotate(name, (at, height / 1.3), (10 ** (x - late), foot * 1.2), fontsize=8, rotation=90, ha="center",
+                      arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "#999999"})  # fmt: skip
 
 
 def growth(records: Sequence[Record]) -> Any:
@@ -188,9 +202,11 @@ def growth(records: Sequence[Record]) -> Any:
             if points:
                 shown = style.of(name) | {"linestyle": "none", "markersize": 6 if name in OURS else 4}
                 plot.plot(*zip(*points, strict=True), **shown, alpha=0.75)
-        ends = [min(least for _, least, _ in of) / 1.5, 1.5 * max(least for _, least, _ in of)]
+        # Wide enough for a power of ten to lie within.
+        ends = [min(least for _, least, _ in of) / 4, 4 * max(least for _, least, _ in of)]
         plot.plot(ends, ends, color="black", linewidth=1.2)
         _log(plot)
+        plot.minorticks_off()
         plot.set_title(operation, fontsize=10)
         plot.set_xlabel("least possible time, ms", fontsize=9)
     for row in grid:
@@ -215,8 +231,8 @@ def shares(records: Sequence[Record]) -> Any:
     plot.axvline(1, color="black", linewidth=1.4)
     plot.set_xscale("log")
     plot.set_xlabel("share of the ceiling: least possible time / time taken")
-    plot.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}" if x >= 0.01 else f"{x:.1%}")
-    plot.set_title("How near the limit of this machine (black line)")
+    plot.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g}%")
+    plot.set_title("How near the limit of this machine (black line); beyond it, inputs came from its caches")
     plot.grid(True, axis="x", alpha=0.35)
     _legend_below(figure, style)
     return figure

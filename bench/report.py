@@ -22,7 +22,8 @@ th, td { border-color: #333; } tr.ours td { background: #1d2c3d; } img { backgro
 READING = """Every time is the median of rounds in which all contestants took turns; "over ours" is paired round by
 round. A contestant whose answer is wrong, or that silently ran something else than it should, gets no time. "of
 ceiling" is the least possible time of the case (its least traffic at the measured copy bandwidth, or its least
-arithmetic at the measured speed of a matrix product, whichever is longer) over the measured time. "huge pages" was
+arithmetic at the measured speed of a matrix product, whichever is longer) over the measured time; small inputs, of
+which up to 32 copies take turns, may still lie in a large cache, and then it can pass 100 %. "huge pages" was
 taken in another process with THP_MEM_ALLOC_ENABLE=1, which lets torch ask for pages of 2 MB. "first call" holds
 compilation and warm-up and is in no other time. Memory is what a call adds to its inputs at most."""
 

@@ -1,6 +1,7 @@
 """The whole training steps of bench/bench_step.py as records: CPU seconds of one thread, see there."""
 
 import statistics
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +42,9 @@ def _step(which: str, blank: Record, options: Options) -> list[Record]:
     from . import bench_step
 
     try:
-        timings = interleave(bench_step.STEPS[which](), rounds=min(options.rounds, 5), warmup=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the rivals' calls of transformers
+            timings = interleave(bench_step.STEPS[which](), rounds=min(options.rounds, 5), warmup=1)
     except ImportError as error:
         return [replace(blank, form=which, why=str(error))]
     found = []
