@@ -127,16 +127,27 @@ def spread(x: Spread) -> str:
 
 def summary(results: Results) -> str:
     """A row an operation; each cell is the median of its cases, and the lowest and highest of them."""
-    heads = ("operation", "cases", "time: best rival over ours", "ours, of the ceiling", "memory: naive over ours")
-    lines = [f"| {' | '.join(heads)} |", "|---|---|---|---|---|"]
+    heads = ("operation", "cases", "time: best rival over ours", "where it wins, a call of ours takes longer by",
+             "ours, of the ceiling", "memory: naive over ours")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for operation, records in grouped(results.records).items():
         cases = [of for of in by_case(records).values() if any(record.milliseconds for record in of)]
         rivals = [rival.ratio.median for of in cases if (rival := best_rival(of)) and rival.ratio]
         own = [mine.of_ceiling for of in cases if (mine := ours_of(of)) and mine.of_ceiling is not None]
         memory = [ratio for of in cases if (ratio := _memory_ratio(of)) is not None]
-        cells = (_range(rivals, "{:.2f}"), _range(own, "{:.0%}"), _range(memory, "{:.1f}"))
+        lost = max(map(_lost, cases), default=0.0)
+        longest = f"{number(lost)} ms at most" if lost > 0 else "-"
+        cells = (_range(rivals, "{:.2f}"), longest, _range(own, "{:.0%}"), _range(memory, "{:.1f}"))
         lines.append(f"| `{operation}` | {len(cases)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _lost(records: Sequence[Record]) -> float:
+    """The milliseconds by which ours is slower than the best rival; below 0 where it is faster."""
+    rival, mine = best_rival(records), ours_of(records)
+    if rival is None or mine is None or rival.milliseconds is None or mine.milliseconds is None:
+        return 0.0
+    return mine.milliseconds.median - rival.milliseconds.median
 
 
 def _memory_ratio(records: Sequence[Record]) -> float | None:

@@ -176,7 +176,7 @@ class Engine:
             rollout, scores = rollout[judged], scores[judged]
             by_name = {name: values[judged] for name, values in by_name.items()}
         columns = {"old_logp": rollout.logp}
-        if "old_logp" in self.needs or self._own_values:
+        if self._asks_old_logp or self._own_values:
             columns |= self._by_rows(rollout, self._of_policy)
         if "ref_logp" in self.needs:
             columns |= self._by_rows(rollout, self._of_reference)
@@ -268,6 +268,11 @@ class Engine:
         return self.models.tokenizer.decode([[t for t, c in zip(*row, strict=True) if c] for row in rows])
 
     @property
+    def _asks_old_logp(self) -> bool:
+        """Whether the log-probs that came with the samples do not serve as the old ones."""
+        return "old_logp" in self.needs or getattr(self.models.policy, "rough_sampler", False)
+
+    @property
     def _own_values(self) -> bool:
         """Whether the values that a plugin needs come with the policy's own forward."""
         return "values" in self.needs and self.models.critic is None
@@ -281,7 +286,7 @@ class Engine:
         """The columns that take a forward of the policy: one gives them all."""
         assert self.models.policy is not None
         heads = heads_of(self.models.policy, *_sequence(rollout))
-        columns = {"old_logp": self._logp(heads, rollout)} if "old_logp" in self.needs else {}
+        columns = {"old_logp": self._logp(heads, rollout)} if self._asks_old_logp else {}
         return columns | ({"values": self._values(heads, rollout)} if self._own_values else {})
 
     def _of_reference(self, rollout: Rollout) -> dict[str, Tensor]:

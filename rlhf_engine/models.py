@@ -128,6 +128,8 @@ class Policy(Protocol):
 
     If it has an attribute `context`, that is the most tokens that a sequence may have. If it has an attribute
     `has_values` and that is True, its `Heads` have values, and an algorithm that needs some can do without a critic.
+    If it has an attribute `rough_sampler` and that is True, the log-probs that its `generate` gives are only near those
+    of its forward (16 bits, a server), and the engine takes those of a forward, so that the first ratio is 1.
     If it has a method `export(folder)`, that writes a stage's result where `save` is for checkpoints alone.
     """
 

@@ -17,6 +17,7 @@ from rlhf_engine.hookspecs import hookimpl
 from rlhf_engine.models import Critic, Models
 
 from .chat import ChatTokenizer
+from .folders import require_folder
 from .policy import HFPolicy, read_causal
 from .recompute import recompute_layers
 from .scalar import HFScalar
@@ -183,9 +184,17 @@ class HuggingFace:
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     @hookimpl
-    def rlhf_run_started(self) -> None:
+    def rlhf_run_started(self, run: Run) -> None:
+        """Refuse now what would otherwise end the run stages later."""
+        for folder in filter(None, (self.policy, *self.reward_models)):
+            require_folder(folder)
         if self.chat_template:
-            ChatTokenizer.load(self.policy)  # a folder without a template is refused now, not stages later
+            ChatTokenizer.load(self.policy)
+        if self.reward_models and "reward" in run.stages:
+            raise ValueError(
+                "[hf] reward_models names finished reward models, and this run's reward stage would train another, "
+                'which nothing would use: leave "reward" out of [run] stages, or `reward_models` out of [hf]'
+            )
 
     @hookimpl
     def rlhf_models(self, run: Run, stage: str, needs: set[str]) -> Models:
@@ -206,11 +215,6 @@ class HuggingFace:
                 "stages, or name a Hugging Face folder as `policy` in [hf]"
             )
         if stage == "reward":
-            if self.reward_models:
-                raise ValueError(
-                    "[hf] reward_models names finished reward models, and this run's reward stage would train another, "
-                    'which nothing would use: leave "reward" out of [run] stages, or `reward_models` out of [hf]'
-                )
             tokenizer = kind.load(start)
             reward_model = HFScalar.on_trunk(start, pad_id=tokenizer.pad_id, dtype=dtype)
             reward_model.initialise_reward_head(run.seed)

@@ -87,6 +87,11 @@ class HFPolicy(nn.Module):
         """Whether it has a value head, and so is its own critic."""
         return self.value_head is not None
 
+    @property
+    def rough_sampler(self) -> bool:
+        """Whether the sampler, token by token, rounds otherwise than a forward of the whole sequence."""
+        return self.model.dtype != torch.float32
+
     def add_value_head(self) -> None:
         """Put a linear value head, at 0, on the trunk, which language model and values then share."""
         size = self.model.config.get_text_config().hidden_size

@@ -673,4 +673,8 @@ def test_reward_models_of_finished_runs_make_an_ensemble(policy, tokenizer, tmp_
     single = plugin.rlhf_models(run=FakeRun(), stage="rl", needs=set()).reward_model
     assert_same_weights(single, HFScalar.load_folder(named[1]))
     with pytest.raises(ValueError, match="this run's reward stage would train another, which nothing would use"):
-        plugin.rlhf_models(run=FakeRun(), stage="reward", needs=set())
+        plugin.rlhf_run_started(run=SimpleNamespace(stages={"reward": None, "rl": None}))
+    plugin.rlhf_run_started(run=SimpleNamespace(stages={"rl": None}))
+    plugin.reward_models = [*named, str(tmp_path / "third")]
+    with pytest.raises(FileNotFoundError, match="third is not a Hugging Face folder"):
+        plugin.rlhf_run_started(run=SimpleNamespace(stages={"rl": None}))

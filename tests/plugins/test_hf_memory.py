@@ -25,6 +25,7 @@ from rlhf_engine import Batch, Engine, Models, Prompt, Reward, Rollout, hookimpl
 from rlhf_engine.batch import Document
 from rlhf_engine.checkpoint import load_optimizer, load_tree, optimizer_state, save_tree
 from rlhf_engine.defaults import Defaults
+from rlhf_plugins.grpo import GRPO
 from rlhf_plugins.hf import HFPolicy, HFScalar, HFTokenizer, HuggingFace, load_models
 from rlhf_plugins.hf.recompute import recompute_layers
 from rlhf_plugins.kl_penalty import KLPenalty
@@ -197,6 +198,19 @@ def test_bf16_weights_answer_in_fp32(folder):
     exact = engine_of(plain).score(rollout, PROMPTS).old_logp
     assert (exact - batch.old_logp).abs().max() < 0.3
     assert (exact - batch.old_logp)[batch.mask].abs().max() > 0
+
+
+@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+def test_the_first_ratio_is_1_in_bf16_where_no_algorithm_asks_for_old_log_probs(folder, options):
+    models = load_models(folder, dtype=torch.bfloat16, **options)
+    engine = Engine(
+        [GRPO()], rewards=[lambda texts: list(range(len(texts)))], models=models, samples_per_prompt=2, response_length=8
+    )
+    rollout = engine.generate(PROMPTS)
+    batch = engine.experience(rollout, PROMPTS)
+    assert not torch.equal(batch.old_logp, rollout.logp), "the sampler is as exact as the forward: nothing is shown"
+    assert torch.equal(engine.output(batch).logp, batch.old_logp)
+    assert not load_models(folder, **options).policy.rough_sampler
 
 
 def test_values_and_scores_are_not_rounded_to_bf16(folder):
