@@ -85,71 +85,77 @@ def _definition(p: Tensor, q: Tensor, inverse: float | Tensor | None, mask: Tens
 class _ExactKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: Tensor, q: Tensor, inverse: float | Tensor | None, masked: Tensor | None) -> Tensor:
-        kl, still, normalizers = _forward(p, q, inverse, masked)
-        ctx.save_for_backward(p, q, kl, still, *normalizers)
+        kl, still, columns, ctx.usual = _forward(p, q, inverse, masked)
+        ctx.save_for_backward(p, q, still, *columns)
         ctx.inverse = inverse
         return kl
 
     @staticmethod
     @_autograd.differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        p, q, kl, still, largest_p, largest_q, log_sum_p, log_sum_q = ctx.saved_tensors
-        dtype = kl.dtype
+        p, q, still, *columns = ctx.saved_tensors
         scale = grad if ctx.inverse is None else grad * ctx.inverse
         asks_p, asks_q, *_ = ctx.needs_input_grad
         grad_p = p.new_empty(p.shape) if asks_p else None
         grad_q = q.new_empty(q.shape) if asks_q else None
-        tiles = _rows.Tiles(p, dtype, scratches=3)
+        tiles = _rows.Tiles(p, scale.dtype, scratches=3)
         scratch_p, scratch_q, scratch = (tiles.scratch() for _ in range(3))
-        for tile in tiles:
+        for tile, usual in zip(tiles, ctx.usual, strict=True):
             inverse = _rows.part(ctx.inverse, tile)
-            log_p = _rows.over_temperature(p[tile], largest_p[tile], inverse, scratch_p.like(p[tile]))
-            log_q = _rows.over_temperature(q[tile], largest_q[tile], inverse, scratch_q.like(q[tile]))
-            log_p, log_q = log_p.sub_(log_sum_p[tile]), log_q.sub_(log_sum_q[tile])
-            probability = torch.exp(log_p, out=scratch.like(log_p))
+            largest_p, largest_q, sum_p, sum_q, mean = (column[tile] for column in columns)
+            below_p = _rows.over_temperature(p[tile], largest_p, inverse, scratch_p.like(p[tile]))
+            below_q = _rows.over_temperature(q[tile], largest_q, inverse, scratch_q.like(q[tile]))
+            weight = torch.exp(below_p, out=scratch.like(below_p)).mul_(scale[tile] / sum_p)
             if grad_p is not None:
-                d = _log_ratio(log_p, log_q).sub_(kl[tile]).mul_(probability).mul_(scale[tile])
-                _write(d, still, tile, grad_p)
+                ratio = below_p.sub_(below_q) if usual else _log_ratio(below_p, below_q)
+                torch.mul(ratio.sub_(mean), weight, out=grad_p[tile])  # log p - log q - KL = ratio - its mean
             if grad_q is not None:
-                _write(log_q.exp_().sub_(probability).mul_(scale[tile]), still, tile, grad_q)
+                torch.sub(below_q.exp_().mul_(scale[tile] / sum_q), weight, out=grad_q[tile])
+            for gradient in (grad_p, grad_q):
+                if still is not None and gradient is not None:
+                    _rows.zero_rows(gradient[tile], still[tile])
         return grad_p, grad_q, None, None
 
 
 def _forward(
     p: Tensor, q: Tensor, inverse: float | Tensor | None, masked: Tensor | None
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """p and q [A, B, V], masked [A, B, 1] -> columns [A, B, 1]: KL; the rows that send no gradient (None: all do);
-    and what makes log-probs of logits: the largest logit of p and of q, and the log of each sum of exponentials.
+) -> tuple[Tensor, Tensor | None, list[Tensor], list[bool]]:
+    """p and q [A, B, V], masked [A, B, 1] -> columns [A, B, 1]: KL; the rows that send no gradient (None: all do); what
+    the backward pass needs (the largest logit of p and of q, each sum of exponentials, the mean under p of the logits'
+    difference). And tile by tile, whether the plain formula served.
 
     torch.log_softmax would be as fast, but it adds up a vocabulary in an order that costs 1e-5 nats.
     """
     dtype = _check.accumulation_dtype(p, q)
     on_host = _check.on_host(p)
-    kl, *normalizers = (torch.empty((*p.shape[:-1], 1), dtype=dtype, device=p.device) for _ in range(5))
-    still = None if masked is None else masked.clone()
+    kl, *columns = (torch.empty((*p.shape[:-1], 1), dtype=dtype, device=p.device) for _ in range(6))
+    still, all_usual = None if masked is None else masked.clone(), []
     tiles = _rows.Tiles(p, dtype, scratches=3)
     scratch_p, scratch_q, scratch = (tiles.scratch() for _ in range(3))
     for tile in tiles:
         inverse_part = _rows.part(inverse, tile)
         largest_p, largest_q = (_rows.finite_maximum(x[tile]) for x in (p, q))
-        below_p = _rows.over_temperature(p[tile], largest_p, inverse_part, scratch_p.like(p[tile]))
         below_q = _rows.over_temperature(q[tile], largest_q, inverse_part, scratch_q.like(q[tile]))
-        # A CPU may look first whether any logit is -inf; a GPU would have to wait for the answer.
-        ordinary = on_host and all(bool(x.amin() > -math.inf) for x in (below_p, below_q))
-        log_sum_q = _rows.sums(torch.exp(below_q, out=scratch.like(below_q))).log_()
+        sum_q = _rows.sums(torch.exp(below_q, out=scratch.like(below_q)))
+        below_p = _rows.over_temperature(p[tile], largest_p, inverse_part, scratch_p.like(p[tile]))
         weight = torch.exp(below_p, out=scratch.like(below_p))
         sum_p = _rows.sums(weight)
-        log_sum_p = sum_p.log()
-        ratio = below_p.sub_(below_q) if ordinary else _log_ratio(below_p, below_q)
-        column = _rows.sums(ratio.mul_(weight)).div_(sum_p).add_(log_sum_q).sub_(log_sum_p)
-        for whole, part in zip((kl, *normalizers), (column, largest_p, largest_q, log_sum_p, log_sum_q), strict=True):
+        mean = _rows.sums(below_p.sub_(below_q).mul_(weight)).div_(sum_p)
+        # A logit of -inf leaves no finite mean, which a CPU may see; a GPU would have to wait for the answer.
+        usual = on_host and bool(mean.isfinite().all())
+        if not usual:
+            below_p = _rows.over_temperature(p[tile], largest_p, inverse_part, scratch_p.like(p[tile]))
+            mean = _rows.sums(_log_ratio(below_p, below_q).mul_(weight)).div_(sum_p)
+        found = (mean + sum_q.log() - sum_p.log(), largest_p, largest_q, sum_p, sum_q, mean)
+        for whole, part in zip((kl, *columns), found, strict=True):
             whole[tile] = part
-        if not (ordinary and bool(column.isfinite().all())):
+        if not usual:
             empty, infinite = _special_rows(p[tile], q[tile])
             kl[tile] = kl[tile].masked_fill(infinite, math.inf).masked_fill(empty, 0)
             still = torch.zeros_like(kl, dtype=torch.bool) if still is None else still
             still[tile] |= empty | infinite
-    return (kl if masked is None else kl.masked_fill(masked, 0)), still, normalizers
+        all_usual.append(usual)
+    return (kl if masked is None else kl.masked_fill(masked, 0)), still, columns, all_usual
 
 
 def _special_rows(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,9 +168,3 @@ def _special_rows(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
     """log p - log q, in the place of log p, finite where either is log 0: p is 0 there, or the row is special."""
     return log_p.clamp_(min=_rows.SMALLEST_LOG).sub_(log_q).clamp_(max=-_rows.SMALLEST_LOG)
-
-
-def _write(d: Tensor, still: Tensor | None, tile: _rows.Index, gradient: Tensor) -> None:
-    if still is not None:
-        _rows.zero_rows(d, still[tile])
-    gradient[tile] = d
