@@ -204,7 +204,11 @@ def test_bf16_weights_answer_in_fp32(folder):
 def test_the_first_ratio_is_1_in_bf16_where_no_algorithm_asks_for_old_log_probs(folder, options):
     models = load_models(folder, dtype=torch.bfloat16, **options)
     engine = Engine(
-        [GRPO()], rewards=[lambda texts: list(range(len(texts)))], models=models, samples_per_prompt=2, response_length=8
+        [GRPO()],
+        rewards=[lambda texts: list(range(len(texts)))],
+        models=models,
+        samples_per_prompt=2,
+        response_length=8,
     )
     rollout = engine.generate(PROMPTS)
     batch = engine.experience(rollout, PROMPTS)
