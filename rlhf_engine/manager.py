@@ -18,7 +18,7 @@ from importlib.metadata import distribution as package
 from importlib.util import find_spec
 from pathlib import Path
 from traceback import walk_tb
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pluggy
@@ -118,10 +118,20 @@ def _loaded(find: Callable[[], Any], which: str) -> type | FunctionReward:
         if inspect.isfunction(plugin):
             plugin = FunctionReward(plugin)
     except (Exception, SystemExit) as error:  # whatever a foreign module does while it is imported
-        raise PluginError(f"the plugin {which} cannot be loaded: {type(error).__name__}: {error}") from error
+        text = f"the plugin {which} cannot be loaded: {type(error).__name__}: {error}{_hidden_by(error)}"
+        raise PluginError(text) from error
     if not isinstance(plugin, type | FunctionReward):
         raise PluginError(f"the plugin {which} is a {type(plugin).__name__}; it must be a class, or a reward function")
     return plugin
+
+
+def _hidden_by(error: BaseException) -> str:
+    """Whether a mere folder was imported in a module's place: that of the module's own package, say."""
+    module = error.obj if isinstance(error, AttributeError) else None
+    if not isinstance(module, ModuleType) or getattr(module, "__file__", None) or not hasattr(module, "__path__"):
+        return ""
+    folder = next(iter(module.__path__), module.__name__)
+    return f". What was imported is the folder {folder}, which hides the module: rename it, or start elsewhere"
 
 
 @dataclass

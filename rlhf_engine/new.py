@@ -30,12 +30,14 @@ class Kind(StrEnum):
 
 
 def new_package(kind: Kind, name: str, folder: Path) -> Path:
-    """Write the package `folder/name`, whole or not at all, and return its path.
+    """Write the package `folder/rlhf-name`, whole or not at all, and return its path.
+
+    The folder is not named as the module is: it would hide that from who works beside it.
 
     Raises ConfigError, before anything is written, for a name that cannot be used and a folder that exists.
     """
     _refuse(name)
-    target = folder / name
+    target = folder / f"rlhf-{name.replace('_', '-')}"
     if target.exists():
         raise ConfigError(f"{target} exists: take another name, or another place with --folder")
     staged = folder / f".{name}.staged"

@@ -84,7 +84,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
     sources = []
-    for name in ("brevity_reward", "gru_policy"):  # a build leaves traces where it is made
+    for name in ("brevity-reward", "gru-policy"):  # a build leaves traces where it is made
         sources.append(str(shutil.copytree(EXAMPLES / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))))
     subprocess.run([*pip, *install, *sources], check=True, timeout=120)
     assert list(libraries.glob("brevity_reward*")) and list(libraries.glob("gru_policy*"))
@@ -175,7 +175,7 @@ def test_a_policy_in_a_package_of_its_own(environment: Path, tmp_path: Path) -> 
 
 @pytest.fixture
 def gru(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(EXAMPLES / "gru_policy"))
+    monkeypatch.syspath_prepend(str(EXAMPLES / "gru-policy"))
     return importlib.import_module("gru_policy")
 
 

@@ -22,7 +22,7 @@ ELSEWHERE = {
     "make bench": "test_make_targets_run_the_commands_that_are_tested",
     "rlhf run examples/movies.toml": "tests/test_end_to_end.py",
     "rlhf run examples/movies.toml --set ppo.clip=0.3 --set run.folder=runs/clip": "test_overrides_as_in_the_readme",
-    "pip install ./examples/brevity_reward": "tests/test_examples.py",
+    "pip install ./examples/brevity-reward": "tests/test_examples.py",
     "rlhf new reward my_reward": "tests/engine/test_new.py",
     "rlhf bench --ops gae,policy_loss --quick": "tests/bench/test_command.py",
     "bash bench/gpu.sh results": "tests/bench/test_gpu_script.py",

@@ -99,6 +99,17 @@ def test_a_module_that_fails_while_it_is_imported_is_named(tmp_path: Path, monke
         load("leaving_plugin:X")
 
 
+def test_a_folder_that_hides_a_module_is_named(tmp_path, monkeypatch):
+    """As the folder of an editable package does, for who works beside it."""
+    (tmp_path / "hiding_plugin").mkdir()
+    (tmp_path / "hiding_plugin" / "hiding_plugin.py").write_text("class X: ...")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(
+        PluginError, match="has no attribute 'X'. What was imported is the folder .*hiding_plugin, which"
+    ):
+        load("hiding_plugin:X")
+
+
 def test_two_packages_with_one_plugin_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [EntryPoint("ppo", value, "rlhf_engine") for value in ("one.a:PPO", "one.a:PPO")]
     monkeypatch.setattr(manager_module, "entry_points", lambda group: entries)

@@ -66,8 +66,12 @@ class Words:
 """
 
 
+def folder_of(name: str) -> str:
+    return f"rlhf-{name.replace('_', '-')}"
+
+
 def pytest_in(folder: Path, python: str | Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", "-q", *options, *NAMES.values()]
+    command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", "-q", *options, *map(folder_of, NAMES.values())]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -101,7 +105,7 @@ def test_it_installs_passes_its_tests_and_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout.splitlines()
     for name in NAMES.values():
-        assert any(name in line and f"{name.replace('_', '-')} 0.1.0" in line for line in said), (name, done.stdout)
+        assert any(name in line and f"{folder_of(name)} 0.1.0" in line for line in said), (name, done.stdout)
     assert "run.toml: well" in said
     with open(tmp_path / "out" / "figures.tsv", newline="") as file:
         rows = list(csv.reader(file, delimiter="\t"))
@@ -165,11 +169,11 @@ def test_a_name_that_cannot_be_used_is_refused_and_nothing_written(name: str, wa
 
 
 def test_a_folder_that_exists_is_refused_and_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "kept").write_text("")
-    with pytest.raises(ConfigError, match="mine exists: take another name, or another place with --folder"):
+    (tmp_path / "rlhf-mine").mkdir()
+    (tmp_path / "rlhf-mine" / "kept").write_text("")
+    with pytest.raises(ConfigError, match="rlhf-mine exists: take another name, or another place with --folder"):
         new_package(Kind.reward, "mine", tmp_path)
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["kept"]
+    assert [path.name for path in (tmp_path / "rlhf-mine").iterdir()] == ["kept"]
 
 
 def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
