@@ -26,6 +26,10 @@ def bench(request: Request) -> int:
             "The report's pictures need matplotlib: pip install 'rlhf-engine[bench]'. Without pictures: --json FILE."
         )
     old = Results.load(request.compare) if request.compare else None
+    if old:
+        comparable(old)
+    for folder in filter(None, (request.json and request.json.parent, request.output)):
+        folder.mkdir(parents=True, exist_ok=True)  # or say now that it cannot be
     results = measure_all(request, show=not request.times_only)
     if request.json:
         results.save(request.json)
@@ -47,7 +51,6 @@ def _failed(record: Record) -> bool:
 
 
 def compare(old: Results, new: Results) -> int:
-    comparable(old, new)
     slower = list(regressions(old, new))
     moved = drift(old, new)
     print(f"compared with {old.header['commit']}: {len(slower)} slower beyond the spread", end="")

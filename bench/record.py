@@ -95,7 +95,9 @@ class Results:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1, allow_nan=True) + "\n", "utf-8")
+        staged = path.with_name(f".{path.name}.staged")
+        staged.write_text(json.dumps(asdict(self), indent=1, allow_nan=True) + "\n", "utf-8")
+        staged.replace(path)
 
     @staticmethod
     def load(path: Path) -> "Results":
@@ -161,11 +163,11 @@ def drift(old: Results, new: Results) -> float | None:
     return moved[len(moved) // 2] if moved else None
 
 
-def comparable(old: Results, new: Results) -> None:
-    """Raises ValueError where the two were taken on different devices."""
-    if old.header["device"] != new.header["device"]:
+def comparable(old: Results) -> None:
+    """Raises ValueError where they were not taken on a device such as this one, with as many threads."""
+    if old.header["device"] != processor():
         raise ValueError(
-            f"The old results are of another device ({old.header['device']}) than this one ({new.header['device']})"
+            f"The old results are of another device ({old.header['device']}) than this one ({processor()})"
         )
 
 

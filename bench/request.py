@@ -38,6 +38,12 @@ class Request:
     """only the shapes that a GPU is judged by"""
     device: str = ""
 
+    def __post_init__(self) -> None:
+        if self.minutes is not None and not self.minutes > 0:
+            raise BenchError(f"--minutes {self.minutes:g}: it must be more than 0")
+        if self.rounds is not None and self.rounds < 1:
+            raise BenchError(f"--rounds {self.rounds}: it must be at least 1")
+
     @property
     def where(self) -> torch.device:
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -99,6 +105,9 @@ def cases_of(bench: Bench, request: Request) -> list[Case]:
 def shapes(text: str) -> list[Shape]:
     """ "8x128x4096,4x64" """
     try:
-        return [tuple(int(size) for size in shape.split("x")) for shape in text.split(",") if shape]
+        found = [tuple(int(size) for size in shape.split("x")) for shape in text.split(",") if shape]
     except ValueError:
         raise BenchError(f"--shapes: {text!r} is not of the form 8x128x4096,4x64x1000") from None
+    if any(size < 1 for shape in found for size in shape):
+        raise BenchError(f"--shapes: {text!r} has a size below 1")
+    return found

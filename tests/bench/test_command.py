@@ -172,7 +172,11 @@ def test_the_table_is_written_between_its_marks(report: Path, tmp_path: Path, mo
     [
         (["--ops", "gaee"], "there is no bench of gaee; there is "),
         (["--shapes", "4,x"], "'4,x' is not of the form 8x128x4096"),
-        (["--ops", "token_logprobs", "--shapes", "4x5"], r"\(4, 5\) has 2 axes; the operations asked for have \{3\}"),
+        (["--ops", "token_logprobs", "--shapes", "4x5"], r"\(4, 5\) has 2 axes; the operations asked for have 3"),
+        (["--ops", "step", "--shapes", "4x5"], "the operations asked for have no shapes"),
+        (["--ops", "gae", "--shapes", "4x-5"], "'4x-5' has a size below 1"),
+        (["--ops", "gae", "--minutes", "0"], "--minutes 0: it must be more than 0"),
+        (["--ops", "gae", "--rounds", "-1"], "--rounds -1: it must be at least 1"),
         (["--compare", "no/such.json"], "No such file"),
     ],
 )
@@ -188,9 +192,21 @@ def test_a_report_without_matplotlib_is_refused_before_anything_is_measured(monk
 
 
 def test_a_run_that_is_out_of_time_says_what_it_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    results = measure_all(Request(ops=["linear_logprobs"], smoke=True, minutes=0, device="cpu"))
+    results = measure_all(Request(ops=["linear_logprobs"], smoke=True, minutes=1e-6, device="cpu"))
     assert {record.why for record in results.records} == {OUT_OF_TIME}
     assert "out of time" in capsys.readouterr().out
+
+
+def test_times_without_those_of_huge_pages_are_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "killed for memory")
+    monkeypatch.setattr("bench.measuring.subprocess.run", lambda *told, **options: failed)
+    results = measure_all(Request(ops=["masked_mean"], shapes=[(2, 8)], quick=True, rounds=1, device="cpu"))
+    assert any(record.milliseconds for record in results.records)
+    assert not any(record.huge_pages for record in results.records)
+    printed = capsys.readouterr().out
+    assert "no times with huge pages: " in printed and "killed for memory" in printed
 
 
 def test_an_operation_may_take_twice_its_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,9 @@ def test_the_command_compares_and_its_status_tells(tmp_path: Path, capsys: pytes
     found["header"]["device"] = "an abacus"
     again.write_text(json.dumps(found))
     assert from_command_line([*run, "--compare", str(again)]) == 2
-    assert "of another device (an abacus)" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "of another device (an abacus)" in told.err
+    assert "linear_logprobs" not in told.out, "measured before it was refused"
 
 
 def test_a_record_is_known_by_its_case_and_contestant() -> None:
