@@ -21,10 +21,10 @@ from . import ceilings as limits
 from .backends import watching, why_no_compile
 from .case import Bench, Case, Function, NotOfferedError, Rival, name_of, run
 from .judging import Truth, judge, truth
-from .record import Record, Spread
+from .record import COMPILED, Record, Spread
 from .timing import Timing, interleave, ratios, version
 
-OURS_TORCH, OURS_TRITON, COMPILED = "ours, torch", "ours, Triton", "torch.compile"
+OURS_TORCH, OURS_TRITON = "ours, torch", "ours, Triton"
 
 MOST_INPUTS = 2**29  # bytes of all sets of inputs that take turns
 MOST_SETS = 32

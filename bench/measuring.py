@@ -14,7 +14,7 @@ from . import ceilings, harness, tables
 from .case import Bench, Case, name_of
 from .harness import Options, contestants, make_inputs, measure
 from .peak_memory import Server, peak_on_gpu
-from .record import Record, Results, header
+from .record import COMPILED, Record, Results, header
 from .request import BenchError, Request, cases_of, chosen, load, module_of
 
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
@@ -170,7 +170,7 @@ def with_memory(bench: Bench, record: Record, device: torch.device, memory: Serv
         return record
     case = Case(record.shape, getattr(torch, record.dtype), record.direction, record.form)
     if device.type == "cpu":
-        if not sys.platform.startswith("linux") or record.contestant == harness.COMPILED:
+        if not sys.platform.startswith("linux") or record.contestant == COMPILED:
             return record  # a fork cannot run what was compiled before it, and compiling counts in none
         return replace(record, peak_bytes=memory.peak(bench, module_of(bench.operation), case, record.contestant))
     one = next(one for one in contestants(bench, device) if one.name == record.contestant)

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable, Sequence
 
-from .record import Record, Results, Spread
+from .record import COMPILED, Record, Results, Spread
 
 
 def head(results: Results) -> str:
@@ -37,7 +37,8 @@ def ours_of(records: Sequence[Record]) -> Record | None:
 
 
 def best_rival(records: Sequence[Record]) -> Record | None:
-    timed = [record for record in records if not record.is_ours and record.ratio]
+    """Of those that run as they are written: torch.compile of our own definition is no rival, and has its own column."""
+    timed = [record for record in records if not record.is_ours and record.ratio and record.contestant != COMPILED]
     return min(timed, key=lambda record: record.ratio.median if record.ratio else 0.0, default=None)
 
 
@@ -128,7 +129,8 @@ def spread(x: Spread) -> str:
 def summary(results: Results) -> str:
     """A row an operation; each cell is the median of its cases, and the lowest and highest of them."""
     heads = ("operation", "cases", "time: best rival over ours", "where it wins, a call of ours takes longer by",
-             "ours, of the ceiling", "memory: naive over ours")  # fmt: skip
+             "time: torch.compile of the definition over ours", "ours, of the ceiling",
+             "memory: naive over ours")  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for operation, records in grouped(results.records).items():
         cases = [of for of in by_case(records).values() if any(record.milliseconds for record in of)]
@@ -137,7 +139,11 @@ def summary(results: Results) -> str:
         memory = [ratio for of in cases if (ratio := _memory_ratio(of)) is not None]
         lost = max(map(_lost, cases), default=0.0)
         longest = f"{number(lost)} ms at most" if lost > 0 else "-"
-        cells = (_range(rivals, "{:.2f}"), longest, _range(own, "{:.0%}"), _range(memory, "{:.1f}"))
+        compiled = [r.ratio.median for r in records if r.contestant == COMPILED and r.ratio]
+        cells = (
+            *(_range(rivals, "{:.2f}"), longest, _range(compiled, "{:.2f}")),
+            *(_range(own, "{:.0%}"), _range(memory, "{:.1f}")),
+        )
         lines.append(f"| `{operation}` | {len(cases)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

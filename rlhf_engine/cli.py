@@ -160,7 +160,7 @@ def bench(
 
 @app.command()
 def plan(
-    file: Annotated[Path | None, typer.Argument(help="a run file; its table [rl] says what a step is")] = None,
+    file: Annotated[Path | None, typer.Argument(help="a run file; its rl table says what a step is")] = None,
     set: Set = [],  # noqa: B006
     model: Annotated[str, typer.Option(help="llama-8b and the like, or a config.json; else the run file's own")] = "",
     gpu: Annotated[str, typer.Option(help="a100, h100, h200, b200; cpu: this machine, measured now")] = "h100",

@@ -24,7 +24,7 @@ from rlhf_engine.config import did_you_mean
 from rlhf_engine.heads import described, heads_of, values_of
 from rlhf_engine.manager import PluginError, manager, replaced, require
 from rlhf_engine.models import Heads, Models
-from rlhf_engine.rewards import Failure, NothingJudged, RewardOptions, Rewards, as_plugin
+from rlhf_engine.rewards import Failure, RewardOptions, Rewards, as_plugin
 
 __all__ = ["Engine"]
 
@@ -171,7 +171,7 @@ class Engine:
             scores = torch.where(rollout.ended | scores.isnan(), scores, self.missing_end_score)
         judged = ~scores.isnan()
         if not judged.any():
-            raise NothingJudged(f"every reward abstained on all {len(scores)} samples; there is nothing to learn from")
+            raise self.rewards.nothing_judged(by_name)
         if not judged.all():
             rollout, scores = rollout[judged], scores[judged]
             by_name = {name: values[judged] for name, values in by_name.items()}

@@ -27,7 +27,7 @@ class CodeSandbox:
 
     The code is the last fenced block of the response, else all of it. The reference is a test or a list of tests,
     each of them Python that raises where the code is wrong (`assert add(1, 2) == 3`) and that sees the code's names.
-    Without a reference, the reward abstains.
+    Without a test, and where the machine is so loaded that the interpreter does not start, the reward abstains.
 
     Each answer runs in a process group and a temporary folder of its own, with an empty environment, nothing to read
     and nowhere to print, for at most `seconds`, after which its whole group is killed; with limits on its CPU time,
@@ -65,7 +65,12 @@ class CodeSandbox:
 
     @hookimpl
     def rlhf_run_started(self) -> None:
-        strongest(self.python)  # now, and not after the stages before rl
+        walls = strongest(self.python)  # now, and not after the stages before rl
+        if self._passed(walls, "", [""]) is None:
+            raise ValueError(
+                f"code_sandbox: {self.python or 'the interpreter'} does not even start with memory_mb = "
+                f"{self.memory_mb}, seconds = {self.seconds:g} and processes = {self.processes}: allow it more"
+            )
 
     @hookimpl
     def rlhf_reward(self, texts: list[str], prompts: list[Prompt]) -> Reward:
@@ -76,22 +81,22 @@ class CodeSandbox:
 
     def _judge(self, walls: Walls, text: str, prompt: Prompt) -> float:
         tests = [prompt.reference] if isinstance(prompt.reference, str) else prompt.reference
-        if tests is None or tests == []:
+        if tests in (None, "", []):
             return math.nan
         if not (isinstance(tests, list) and all(isinstance(test, str) for test in tests)):
             raise ValueError(
                 f"code_sandbox needs a test or a list of tests, and the reference of the prompt {prompt.text[:60]!r} "
                 f"is a {type(tests).__name__}: let the plugin that answers rlhf_prompts give Python as text, or None"
             )
-        passed = passed_tests(
-            walls,
-            code_of(text),
-            tests,
-            seconds=self.seconds,
-            memory_mb=self.memory_mb,
-            processes=self.processes,
-        )
+        passed = self._passed(walls, code_of(text), tests)
+        if passed is None:
+            return math.nan
         return passed / len(tests) if self.partial_credit else float(passed == len(tests))
+
+    def _passed(self, walls: Walls, code: str, tests: list[str]) -> int | None:
+        return passed_tests(
+            walls, code, tests, seconds=self.seconds, memory_mb=self.memory_mb, processes=self.processes
+        )
 
 
 def code_of(text: str) -> str:

@@ -29,6 +29,7 @@ def main() -> None:
     limit(resource.RLIMIT_FSIZE, MOST_BYTES)
     limit(resource.RLIMIT_CORE, 0)
     limit(resource.RLIMIT_NPROC, job["processes"] + (2 if job["own_count"] else running()))
+    os.write(report, f"{job['token']} began\n".encode())
     child = os.fork()
     if child == 0:
         try:

@@ -24,6 +24,7 @@ INSIDE = Path(__file__).with_name("inside.py").read_text("utf-8")
 NOBODY = 65534
 NAMESPACES = ("--user", "--map-current-user", "--net", "--pid", "--fork", "--kill-child")
 LONGEST_REPORT = 1 << 20
+BEGAN = "began"  # the report's first line
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,15 @@ def strongest(python: str) -> Walls:
         ways.insert(0, Walls(python, (unshare, *NAMESPACES, "--mount-proc"), user))
     said = ""
     for walls in ways:
-        started, said = _run(walls, "", [""], seconds=10.0, memory_mb=512, processes=8)
-        if started:
+        found, said = _run(walls, "", [""], seconds=10.0, memory_mb=512, processes=8)
+        if found:
             if walls.missing:
                 log.warning("code_sandbox: this machine does not keep an answer from %s", "; from ".join(walls.missing))
             return walls
+    if shutil.which(python) is None:
+        raise RuntimeError(
+            f"code_sandbox cannot run {python}: there is no such program. Name an interpreter as `python`"
+        )
     raise RuntimeError(
         f"code_sandbox cannot run {python} here: {said.strip()[-300:]}"
         + (
@@ -76,16 +81,19 @@ def strongest(python: str) -> Walls:
 
 def passed_tests(
     walls: Walls, code: str, tests: Sequence[str], *, seconds: float, memory_mb: int, processes: int
-) -> int:
-    """How many of the tests the code passes in the time given, the interpreter's start included."""
-    passed, _ = _run(walls, code, tests, seconds=seconds, memory_mb=memory_mb, processes=processes)
-    return len(passed)
+) -> int | None:
+    """How many of the tests the code passes in the time given, the interpreter's start included.
+
+    None if the interpreter did not come so far as to begin, which is no fault of the code.
+    """
+    found, _ = _run(walls, code, tests, seconds=seconds, memory_mb=memory_mb, processes=processes)
+    return len(found) - 1 if BEGAN in found else None
 
 
 def _run(
     walls: Walls, code: str, tests: Sequence[str], *, seconds: float, memory_mb: int, processes: int
 ) -> tuple[set[str], str]:
-    """The tests that passed, and what the interpreter said before it came to the answer."""
+    """What is reported (that it began, the tests that passed), and what the interpreter said before the answer."""
     token = secrets.token_hex(16)  # so that an answer that prints what a report looks like passes no test
     limits = {"seconds": seconds, "memory_mb": memory_mb, "processes": processes, "own_count": bool(walls.prefix)}
     with (
@@ -124,5 +132,5 @@ def _run(
         errors.seek(0)
         lines = report.read(LONGEST_REPORT).decode("utf-8", "replace").splitlines()
         said = errors.read(LONGEST_REPORT).decode("utf-8", "replace")
-    wanted = {f"{token} {number}" for number in range(len(tests))}
-    return wanted.intersection(lines), said
+    wanted = {BEGAN, *map(str, range(len(tests)))}
+    return wanted.intersection(line.removeprefix(f"{token} ") for line in lines if line.startswith(token)), said

@@ -18,6 +18,7 @@ from rlhf_engine import Preference, Stage, hookimpl
 from rlhf_engine.checkpoint import write_folder
 from rlhf_engine.config import ConfigError
 from rlhf_engine.engine import needs
+from rlhf_engine.rewards import Rewards
 from rlhf_engine.run import Run
 from rlhf_engine.stages.figures import ROUNDING
 
@@ -148,13 +149,30 @@ def gain_row(what: str, before: dict[str, float], after: dict[str, float], wante
 
 
 def text_judges(run: Run, pairs: list[Preference]) -> Iterator[tuple[str, float]]:
-    """How often each reward that judges texts alone agrees with the pairs (a tie counts as half)."""
-    for impl in run.hook.rlhf_reward.get_hookimpls():
-        if set(impl.argnames) == {"texts"}:
-            chosen: Any = impl.function(texts=[pair.chosen for pair in pairs])
-            rejected: Any = impl.function(texts=[pair.rejected for pair in pairs])
-            difference = torch.sign(chosen.values - rejected.values)
-            yield chosen.name, float((difference + 1).mean() / 2)
+    """How often each reward that judges texts alone agrees with the pairs (a tie counts as half).
+
+    Asked as in the rl stage; pairs that it abstains from do not count, and one that fails is told of and left out.
+    """
+    rewards = Rewards(run.hook.rlhf_reward, getattr(run.plugins.get("rl"), "reward_options", None))
+    sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    try:
+        for judge in rewards.judges.values():
+            if set(judge.argnames) != {"texts"}:
+                continue
+            try:
+                answer = judge.ask_about(sides)
+            except Exception as error:
+                run.say(f"report: the reward {judge.name} is left out, for it failed on the pairs: {error}")
+                continue
+            if answer is None:
+                continue
+            chosen, rejected = answer.values.chunk(2)
+            difference = chosen - rejected
+            judged = difference[~difference.isnan()]
+            if len(judged):
+                yield answer.name, float((torch.sign(judged) + 1).mean() / 2)
+    finally:
+        rewards.close()
 
 
 def read_history(path: Path) -> dict[str, list[dict[str, Any]]]:

@@ -128,7 +128,10 @@ def _refuse_own_methods(trainer: Any, base: type, *names: str) -> None:
     """A method of a subclass, or one set on the trainer, would be lost or would stand in the way."""
     for name in names:
         if name in vars(trainer):
-            raise CannotSwitch(f"this {type(trainer).__name__} has a {name} of its own already: is it switched on?")
+            raise CannotSwitch(
+                f"this {type(trainer).__name__} has a {name} of its own already. If it is switched on, take that back "
+                "first: .off()"
+            )
         if getattr(type(trainer), name) is not getattr(base, name):
             raise CannotSwitch(
                 f"{type(trainer).__name__} changes {base.__name__}.{name}, which switch_on() would pass over. Use "

@@ -13,6 +13,7 @@ from rlhf_engine.batch import Prompt, Reward, Rollout
 from rlhf_engine.hookspecs import hookimpl
 from rlhf_engine.manager import manager, require
 from rlhf_engine.rewards import FunctionReward
+from rlhf_engine.rewards.check import checked
 
 __all__ = ["TRLReward", "as_trl", "from_trl"]
 
@@ -54,7 +55,8 @@ def as_trl(reward: Any) -> Callable[..., list[float | None]]:
         answers = made.hook.rlhf_reward(rollout=None, prompts=asked, texts=texts, models=None)
         if [type(answer) for answer in answers] != [Reward]:
             raise TypeError(f"as_trl({name}): it must return one Reward, and returned {answers or None!r}")
-        [answer] = answers
+        answer = checked(answers[0], len(texts), name)
+        assert answer is not None
         if answer.weight != 1:
             raise ValueError(
                 f'as_trl({name}): the reward "{answer.name}" has the weight {answer.weight}. Leave it at 1, and give '
@@ -102,6 +104,9 @@ class TRLReward:
         self.weight = weight
         self.conversational = conversational
         parameters = inspect.signature(function).parameters.values()
+        self._needs = {
+            p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        }
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._takes = {p.name for p in parameters}
         for p in parameters:
@@ -115,8 +120,16 @@ class TRLReward:
             "prompts": [self._part(prompt.text, "user") for prompt in prompts],
             "completions": [self._part(text, "assistant") for text in texts],
             "completion_ids": [row[kept].tolist() for row, kept in zip(rollout.tokens, rollout.mask, strict=True)],
-            **self._columns(prompts),
         }
+        columns = self._columns(prompts)
+        if taken := columns.keys() & given.keys():
+            raise TypeError(f"from_trl({self.name}): Prompt.reference has {', '.join(sorted(taken))}, TRL's own names")
+        given |= columns
+        if missing := self._needs - given.keys():
+            raise TypeError(
+                f"from_trl({self.name}): it needs {', '.join(sorted(missing))}, and the prompts have no such column: "
+                f"Prompt.reference gives {', '.join(columns) or 'none'}"
+            )
         if not self._takes_all:
             given = {key: value for key, value in given.items() if key in self._takes}
         answer = self.function(**given)

@@ -7,10 +7,10 @@ float32 number and 1 for the mask. Backward reads its inputs again and writes a 
     exact_kl              2 N V w forward; with backward both read again and one gradient written: 5 N V w
     linear_logprobs       (N + V) H w, three times that with backward; 2 N V H FLOPs forward, and 4 backward; where the
                           logits are computed again, 2 more
-    linear_policy_loss    3 (N + V) H w and 6 N V H: the gradients are formed in the forward pass
-    shaped_gae            29 N: log-probs, reference's, values, mask; rewards, KL, advantages, returns
+    linear_policy_loss    2 (N + V) H w and 6 N V H: the gradients are formed in the forward pass
+    shaped_gae            21 N: log-probs, reference's, values, mask; advantages, returns
     gae                   17 N: rewards, values, mask; advantages, returns
-    policy_loss           13 N forward (log-probs old and new, advantages, mask), 30 N with backward
+    policy_loss           13 N forward (log-probs old and new, advantages, mask), 4 N for the gradient, formed with it
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def linear_logprobs(shape: tuple[int, ...], width: int, with_backward: bool) -> 
 
 def linear_policy_loss(shape: tuple[int, ...], width: int, with_backward: bool = True) -> Work:
     """[N, H, V]."""
-    return linear_logprobs(shape, width, True)
+    tokens, hidden, vocabulary = shape
+    return Work((tokens + vocabulary) * hidden * width * 2, 6.0 * prod(shape))
 
 
 KERNELS: dict[str, Callable[..., Work]] = {
@@ -67,9 +68,9 @@ KERNELS: dict[str, Callable[..., Work]] = {
     "linear_logprobs": linear_logprobs,
     "linear_policy_loss": linear_policy_loss,
     "gae": per_token(17),
-    "shaped_gae": per_token(29),
-    "policy_loss": per_token(13, 17),
-    "value_loss": per_token(13, 17),
+    "shaped_gae": per_token(21),
+    "policy_loss": per_token(13, 4),
+    "value_loss": per_token(13, 4),
     "kl_estimate": per_token(12, 12),
     "masked_mean": per_token(5, 5),
     "masked_whiten": per_token(9),

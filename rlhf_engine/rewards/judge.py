@@ -13,7 +13,7 @@ from typing import Any
 import pluggy
 import torch
 
-from rlhf_engine.batch import Reward
+from rlhf_engine.batch import Prompt, Reward
 from rlhf_engine.config import ConfigError
 from rlhf_engine.rewards.check import RewardError, RewardTimeout, checked
 from rlhf_engine.rewards.function import ASYNC_CALLS, FunctionReward
@@ -89,6 +89,11 @@ class Judge:
         ]  # fmt: skip
         answers += in_lanes(lambda rows: self._call(samples, rows), alone, self.lanes)
         return self._joined(len(samples.prompts), [*calls, *alone], answers)
+
+    def ask_about(self, texts: list[str]) -> Reward | None:
+        """The answer of a reward that is asked with nothing but texts, of no prompt and outside any step."""
+        prompts = [Prompt(text=f"text {number}") for number in range(len(texts))]
+        return self.ask(Samples(rollout=None, prompts=prompts, texts=texts, models=None))  # type: ignore[arg-type]
 
     def _joined(self, count: int, calls: list[list[int]], answers: list[Any]) -> Reward | None:
         if answers and all(answer is None for answer in answers):

@@ -25,14 +25,15 @@ class RewardOptions:
     """
 
     on_failure: Literal["raise", "abstain", "quarantine"] = "raise"
-    """raise: stop. abstain: leave the sample out. quarantine: that, and never ask about its prompt again (for prompts
-    that are at fault: where a judge may be down for a while, `retries` and abstain)"""
+    """raise: stop. abstain: leave the sample out. quarantine: that, and from the next step on never ask about its prompt
+    again (for prompts that are at fault: where a judge may be down for a while, `retries` and abstain)"""
     retries: NonNegativeInt = 0
     """how often a failed call is made again before `on_failure` counts"""
     backoff: Seconds = 1.0
     """seconds before the first retry; twice as many before each next one"""
     timeout: Seconds = 0.0
-    """seconds that a call may take, 0: any. What overruns is given up; only `process` and async functions stop too"""
+    """seconds that a call may take, 0: any. What overruns is given up; only `process` and async functions stop too. A
+    call about many samples that overruns is followed by one about each: `budget` bounds what they take together"""
     budget: Seconds = 0.0
     """seconds that this reward may take in a step, 0: any. What is not answered by then abstains"""
     samples_per_call: NonNegativeInt = 0

@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf_engine.batch import Reward, Rollout
 from rlhf_engine.config import ConfigError, did_you_mean, table_name
 from rlhf_engine.models import Models
-from rlhf_engine.rewards.check import RewardError, checked
+from rlhf_engine.rewards.check import NothingJudged, RewardError, checked
 from rlhf_engine.rewards.function import FunctionReward
 from rlhf_engine.rewards.journal import Journal
 from rlhf_engine.rewards.judge import Judge
@@ -47,6 +47,10 @@ class Rewards:
                 raise ConfigError(
                     f'there are options for the reward "{name}", and no reward plugin of that name.'
                     f"{did_you_mean(name, names.values())} The rewards: {', '.join(names.values())}"
+                )
+            if not isinstance(options[name], RewardOptions):
+                raise ConfigError(
+                    f'the options for the reward "{name}" are a {type(options[name]).__name__}; give RewardOptions(...)'
                 )
         self.journal = Journal()
         self.weights: dict[str, float] = {}
@@ -105,6 +109,22 @@ class Rewards:
                 "optimise. Name a reward plugin with a weight in this run."
             )
         return by_name, scores
+
+    def nothing_judged(self, by_name: Mapping[str, Tensor]) -> NothingJudged:
+        """What to raise where no sample has a score: who abstained from how many, and how the last failure read."""
+        abstained = [
+            f"{name} from {int(values.isnan().sum())}"
+            for name, values in by_name.items()
+            if self.weights.get(name) and values.isnan().any()
+        ]
+        failing = {judge.name for judge in self.judges.values() if any(judge.state["step"].values())}
+        failed = [one for one in self.journal.failures if one.reward in failing][-1:]
+        last = "".join(f" The last failure, of {one.reward}: {one.exception}: {one.message}" for one in failed)
+        count = len(next(iter(by_name.values())))
+        return NothingJudged(
+            f"no sample of {count} has a score, and there is nothing to learn from: {', '.join(abstained)} abstained."
+            f"{last}"
+        )
 
     def step_metrics(self) -> dict[str, float]:
         """Of every reward that may fail without stopping the run: samples without its judgement, failed calls."""

@@ -289,8 +289,11 @@ def test_every_row_is_judged_with_its_own_prompt() -> None:
         ([says([1.0, 1.0]), says([2.0, 2.0])], r'reward "x" was returned by two plugins \(of: Says, Says 2\)'),
         ([says([1.0, 1.0], weight=0.0)], r"no reward has a weight other than 0 \(x\): there is nothing to optimise"),
         ([says(None)], r"no reward has a weight other than 0 \(none at all\)"),
-        ([says([math.nan, math.nan])], "every reward abstained on all 2 samples"),
-        ([says([math.nan, 1.0]), says([1.0, math.nan], name="y")], "every reward abstained on all 2 samples"),
+        ([says([math.nan, math.nan])], "no sample of 2 has a score, .*: x from 2 abstained"),
+        (
+            [says([math.nan, 1.0]), says([1.0, math.nan], name="y")],
+            "no sample of 2 has a score, .*: x from 1, y from 1 abstained",
+        ),
     ],
 )
 def test_an_unusable_reward_is_refused_by_name(plugins: list[Any], wanted: str) -> None:

@@ -133,8 +133,14 @@ def test_sys_exit_in_a_reward_is_a_failure_and_ctrl_c_is_not() -> None:
 
 def test_a_reward_that_fails_on_everything_loses_the_step() -> None:
     made = engine(Picky(*TEXTS), Count(), Picky={"on_failure": "abstain"})
-    with pytest.raises(NothingJudged, match="every reward abstained on all 6 samples"):
+    wanted = "no sample of 6 has a score, .*: Picky from 6 abstained. The last failure, of Picky: KeyError: "
+    with pytest.raises(NothingJudged, match=wanted):
         made.score(ROLLOUT, PROMPTS)
+
+
+def test_options_that_are_none_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r'options for the reward "Count" are a dict; give RewardOptions\(\.\.\.\)'):
+        Engine([GRPO(), Count()], toy_models(), samples_per_prompt=2, reward_options={"Count": {}})  # type: ignore
 
 
 def test_a_metric_that_fails_costs_no_sample() -> None:

@@ -289,15 +289,22 @@ def test_without_namespaces_the_log_says_once_what_is_missing(
 
 
 def test_an_interpreter_that_cannot_run_is_refused_before_the_run_begins(tmp_path: Path) -> None:
-    with pytest.raises(
-        RuntimeError, match="code_sandbox cannot run .*nowhere/python here: .*(No such file|Permission denied)"
-    ):
+    with pytest.raises(RuntimeError, match="code_sandbox cannot run .*nowhere/python: there is no such program"):
         CodeSandbox(python=str(tmp_path / "nowhere/python")).rlhf_run_started()
     liar = tmp_path / "python"
     liar.write_text("#!/bin/sh\necho no such module >&2\n")
     liar.chmod(0o755)
     with pytest.raises(RuntimeError, match="code_sandbox cannot run"):
         CodeSandbox(python=str(liar)).rlhf_run_started()
+
+
+def test_an_interpreter_that_does_not_begin_is_no_fault_of_the_answer(python: str, walls: Walls) -> None:
+    assert passed_tests(walls, "", ["pass"], seconds=0.001, memory_mb=256, processes=8) is None
+    assert passed_tests(walls, "import os; os._exit(0)", ["pass"], seconds=5, memory_mb=256, processes=8) == 0
+    with pytest.raises(ValueError, match="does not even start with memory_mb = 512, seconds = 0.001"):
+        CodeSandbox(python=python, seconds=0.001).rlhf_run_started()
+    answers = CodeSandbox(python=python, seconds=0.001).rlhf_reward(["x = 1"], [Prompt(text="q", reference="x")])
+    assert answers.values.isnan().all()
 
 
 def test_the_answer_never_runs_as_root(walls: Walls) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import threading
 import time
 from collections import Counter
@@ -176,7 +177,9 @@ def test_too_many_requests_waits_as_long_as_the_server_says(server: Server) -> N
     assert server.asked["p|a"] == 3
 
 
-@pytest.mark.parametrize("headers", [{"Retry-After": "5"}, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, {}])
+@pytest.mark.parametrize(
+    "headers", [{"Retry-After": "5"}, {"Retry-After": "nan"}, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, {}]
+)
 def test_it_does_not_wait_longer_than_its_patience_nor_without_being_told(server: Server, headers: dict) -> None:
     server.answer = lambda question: (429, headers, "busy")
     with pytest.raises(RuntimeError, match="answered 429 Too Many Requests: busy"):
@@ -191,6 +194,36 @@ def test_patience_is_for_all_waits_of_a_call_together(server: Server) -> None:
     with pytest.raises(RuntimeError, match="answered 503 Service Unavailable: busy"):
         values(judge(server, patience=0.5), "a")
     assert server.asked["p|a"] == 3
+
+
+@pytest.mark.parametrize("said", ["0", "-3"])
+def test_a_server_that_says_at_once_is_not_flooded(server: Server, said: str) -> None:
+    server.answer = lambda question: (429, {"Retry-After": said}, "busy")
+    with pytest.raises(RuntimeError, match="answered 429"):
+        values(judge(server, patience=0.7), "a")
+    assert 2 <= server.asked["p|a"] <= 4
+
+
+@pytest.mark.parametrize("content", [[{"type": "text", "text": "Score: 4"}], 4])
+def test_an_answer_that_is_no_text_is_named(server: Server, content: object) -> None:
+    server.answer = lambda question: (200, {}, json.dumps({"choices": [{"message": {"content": content}}]}))
+    with pytest.raises(RuntimeError, match="chat/completions answered with something that is no chat completion"):
+        values(judge(server), "a")
+
+
+def test_what_is_not_http_is_named_with_its_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def babble() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"not http at all\r\n\r\n")
+
+        threading.Thread(target=babble, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(RuntimeError, match=f"{url}/chat/completions gave no answer: BadStatusLine: not http"):
+            values(HTTPJudge(base_url=url, model="m"), "a")
 
 
 def test_a_server_that_says_nothing_and_one_that_is_not_there(server: Server) -> None:

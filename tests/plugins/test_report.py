@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from rich.console import Console
 from rlhf_engine import Preference, Reward, hookimpl
 from rlhf_engine.config import ConfigError, read_run_file
 from rlhf_engine.manager import manager
+from rlhf_engine.rewards import RewardOptions
 from rlhf_engine.run import Run
 from rlhf_plugins.report import Report, gain_row, markdown, print_table, read_history, text_judges, verdict
 from rlhf_plugins.report.plot import draw
@@ -118,8 +120,28 @@ def test_judges_of_texts_are_held_against_the_same_pairs(tmp_path: Path) -> None
         def rlhf_reward(self, texts: list[str], prompts: list[Any]) -> Reward:
             raise NotImplementedError
 
+    said: list[str] = []
+
+    class Fragile:
+        """Fails on one text, and on all if it is asked about several."""
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        @hookimpl
+        def rlhf_reward(self, texts: list[str]) -> Reward:
+            if "bb" in texts:
+                raise RuntimeError("no bb, please")
+            return Reward(name=self.name, values=torch.tensor([float(len(text)) for text in texts]))
+
     class OneRun:
-        hook = manager([Count("a"), Gold(), OfPrompts()]).hook
+        hook = manager(
+            {"a": Count("a"), "gold": Gold(), "prompts": OfPrompts(), "x": Fragile("x"), "y": Fragile("y")}
+        ).hook
+        plugins = MappingProxyType({"rl": SimpleNamespace(reward_options={"y": RewardOptions(on_failure="abstain")})})
+
+        def say(self, text: str) -> None:
+            said.append(text)
 
     pairs = [
         Preference(chosen="aab", rejected="a"),
@@ -128,7 +150,10 @@ def test_judges_of_texts_are_held_against_the_same_pairs(tmp_path: Path) -> None
         Preference(chosen="a", rejected="bb"),
     ]
     accuracies = dict(text_judges(OneRun(), pairs))  # type: ignore[arg-type]
-    assert accuracies == {"count_a": (1 + 0 + 0.5 + 1) / 4, "gold [b]": (1 + 1 + 0.5 + 0) / 4}
+    # Without the pair that it fails on, since it may abstain; altogether, since it may not.
+    wanted = {"count_a": (1 + 0 + 0.5 + 1) / 4, "gold [b]": (1 + 1 + 0.5 + 0) / 4, "y": (1 + 0.5 + 0.5) / 3}
+    assert accuracies == pytest.approx(wanted)
+    assert said == ["report: the reward x is left out, for it failed on the pairs: no bb, please"]
 
 
 def test_answers_stand_before_beside_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

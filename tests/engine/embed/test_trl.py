@@ -285,7 +285,7 @@ def test_other_trainers_and_releases_are_refused(folder: Path, monkeypatch: pyte
     with pytest.raises(CannotSwitch, match=r"Own changes GRPOTrainer\._compute_loss"):
         switch_on(grpo(folder, kind=Own))
     trainer = grpo(folder)
-    with switch_on(trainer), pytest.raises(CannotSwitch, match="is it switched on"):
+    with switch_on(trainer), pytest.raises(CannotSwitch, match="If it is switched on, take that back first"):
         switch_on(trainer)
     with pytest.raises(TypeError, match="takes no preference loss"):
         switch_on(trainer, BradleyTerry())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from rlhf_engine import Engine, Prompt, Reward, hookimpl
 from rlhf_engine.embed.trl import as_trl, from_trl
+from rlhf_engine.rewards import RewardError
 from rlhf_plugins.grpo import GRPO
 from tests.engine.embed import tiny
 from tests.engine.embed.tiny import trl
@@ -164,6 +166,15 @@ def test_what_from_trl_refuses() -> None:
         from_trl(lambda completions, trainer_state, **columns: [])
     with pytest.raises(TypeError, match="got str"):
         from_trl("a/model")  # type: ignore[arg-type]
+    with pytest.raises(RewardError, match='the reward "<lambda>" returned inf for sample 0'):
+        as_trl(lambda texts: [math.inf])(prompts=["a"], completions=["b"])
+    graded = from_trl(lambda completions, answer: [])
+    for reference, wanted in (
+        ({"a": 1}, "it needs answer, .*: Prompt.reference gives a"),
+        ({"prompts": 1}, "own names"),
+    ):
+        with pytest.raises(TypeError, match=wanted):
+            graded.rlhf_reward(written(["a"], ["b"]), [Prompt(text="a", reference=reference)], ["b"])
     with pytest.raises(TypeError, match="got Linear"):
         from_trl(torch.nn.Linear(1, 1))
     assert trl.__version__.startswith("1.16.")
