@@ -13,10 +13,10 @@ from . import ceilings, tables
 from .case import Bench, Case, name_of
 from .harness import Options, contestants, make_inputs, measure
 from .measuring import measure_all
-from .record import Record, Results, comparable, drift, header, regressions
-from .request import HERE, NO_COMPILE, BenchError, Request, cases_of, module_of, shapes
+from .record import Record, Results, comparable, compared, drift, header, regressions
+from .request import HERE, NO_COMPILE, BenchError, Request, cases_of, module_of, names, shapes
 
-__all__ = ["BenchError", "Request", "bench", "from_command_line", "main", "pytest_of", "shapes"]
+__all__ = ["BenchError", "Request", "bench", "from_command_line", "main", "names", "pytest_of", "shapes"]
 
 
 def bench(request: Request) -> int:
@@ -40,10 +40,15 @@ def bench(request: Request) -> int:
         results.save(folder / "results.json")
         written = write(results, folder)
         print(f"{tables.summary(results)}\n\nwritten: {', '.join(str(path) for path in written)}")
+    return max(ours_failed(results), 0 if old is None else compare(old, results))
+
+
+def ours_failed(results: Results) -> int:
+    """Print which of ours was wrong, fell back or could not run; the result is 1 if any."""
     wrong = [record for record in results.records if record.is_ours and (record.right is False or _failed(record))]
     for record in wrong:
         print(f"OURS FAILED: {record.operation} {record.case}, {record.contestant}: {record.why}")
-    return max(1 if wrong else 0, 0 if old is None else compare(old, results))
+    return 1 if wrong else 0
 
 
 def _failed(record: Record) -> bool:
@@ -51,9 +56,14 @@ def _failed(record: Record) -> bool:
 
 
 def compare(old: Results, new: Results) -> int:
+    """Print what got slower; the result is 1 if anything did, and 2 if there was nothing to compare."""
+    count = compared(old, new)
+    if not count:
+        print("error: nothing that was measured now was measured then", file=sys.stderr)
+        return 2
     slower = list(regressions(old, new))
     moved = drift(old, new)
-    print(f"compared with {old.header['commit']}: {len(slower)} slower beyond the spread", end="")
+    print(f"compared with {old.header['commit']}: of {count}, {len(slower)} slower beyond the spread", end="")
     print("" if moved is None else f"; the rivals took {moved:.2f} times as long as then")
     print("\n".join(slower))
     return 1 if slower else 0
@@ -86,8 +96,7 @@ def parser() -> argparse.ArgumentParser:
 def from_command_line(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(arguments))
     try:
-        ops = [name for name in options.pop("ops").split(",") if name]
-        return bench(Request(**{**options, "ops": ops, "shapes": shapes(options["shapes"])}))
+        return bench(Request(**{**options, "ops": names(options["ops"]), "shapes": shapes(options["shapes"])}))
     except (BenchError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -107,18 +116,19 @@ def main(of: Bench) -> None:
     limits = ceilings.measure(request.where, of.dtypes)
     results = Results(header(rounds=asked.rounds), limits)
     print(f"{tables.head(results)}\nmilliseconds, medians; the last column is the best rival's time over ours\n")
-    names = [one.name for one in contestants(of, request.where, request.options.compiled) if not one.missing]
-    print(tables.times_head(of.axes, names))
+    timed = [one.name for one in contestants(of, request.where, request.options.compiled) if not one.missing]
+    print(tables.times_head(of.axes, timed))
     for case in cases_of(of, request):
         found = measure(of, case, request.options, limits)
         results.records.extend(found)
-        print(tables.times_row(found, names), flush=True)
+        print(tables.times_row(found, timed), flush=True)
     print("".join(f"\n{reason}" for reason in tables.untimed(results.records)))
     for dtype in of.dtypes:
         errors = ", ".join(f"{name} {error:.1e}" for name, error in errors_of(results.records, name_of(dtype)))
         print(f"\nlargest error in {name_of(dtype)}: {errors}")
     if asked.json:
         results.save(asked.json)
+    sys.exit(ours_failed(results))
 
 
 def errors_of(records: Sequence[Record], dtype: str) -> Iterator[tuple[str, float]]:

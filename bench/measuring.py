@@ -18,7 +18,7 @@ from .record import COMPILED, Record, Results, header
 from .request import BenchError, Request, cases_of, chosen, load, module_of
 
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-OUT_OF_TIME = "out of time: run this operation alone (--ops), or without --minutes"
+OUT_OF_TIME = "out of time: give it more --minutes, or none"
 
 
 class Clock:
@@ -93,7 +93,7 @@ def _cases_of_one(
     for case in cases:
         found = surviving(bench, case, request.options, limits, clock)
         records.extend(found)
-        if show and not clock.over:
+        if show and any(record.milliseconds for record in found):
             print(tables.times_row(found, names), flush=True)
     if not request.times_only and not request.smoke:
         records = [with_memory(bench, record, device, memory, clock) for record in records]

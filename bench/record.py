@@ -2,8 +2,9 @@
 
 import json
 import platform
+import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -106,16 +107,17 @@ class Results:
         try:
             found = json.loads(path.read_text("utf-8"))
             records = [_record(one) for one in found["records"]]
+            _ = found["header"]["device"], found["header"]["commit"]
             return Results(found["header"], found["ceilings"], records)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a file of `rlhf bench --json`: {error!r}") from error
+            raise ValueError(f"{path} is not a file of this version's `rlhf bench --json`: {error!r}") from error
 
 
 def _record(found: dict[str, Any]) -> Record:
     known = {one.name for one in fields(Record)}
     if unknown := set(found) - known:
-        raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
-    spreads = {name: Spread(**found[name]) for name in SPREADS if found[name] is not None}
+        raise ValueError(f"unknown fields: {', '.join(sorted(unknown))}")
+    spreads = {name: Spread(**found[name]) for name in SPREADS if found.get(name) is not None}
     return Record(**{**found, **spreads, "shape": tuple(found["shape"])})
 
 
@@ -135,8 +137,11 @@ def header(**more: Any) -> dict[str, Any]:
 
 def regressions(old: Results, new: Results) -> Iterator[str]:
     """Where ours got slower beyond the spread of both runs (every round slower than every round then), or is no longer
-    timed. Rivals are the same code as then: how theirs moved says how the machine did, see `drift`."""
+    timed. Rivals are the same code as then: by as much as those of the case got slower, the machine did."""
     before = {record.key: record for record in old.records}
+    cases: dict[tuple[str, str], list[Record]] = {}
+    for record in new.records:
+        cases.setdefault((record.operation, record.case), []).append(record)
     for record in new.records:
         then = before.get(record.key)
         if not record.is_ours or then is None or then.milliseconds is None:
@@ -145,8 +150,10 @@ def regressions(old: Results, new: Results) -> Iterator[str]:
         if record.milliseconds is None:
             if not record.why.startswith("out of time"):
                 yield f"{name}: {then.milliseconds.median:.3g} ms before, now no time: {record.why}"
-        elif record.milliseconds.low > then.milliseconds.high:
-            now, was = record.milliseconds, then.milliseconds
+            continue
+        now, was = record.milliseconds, then.milliseconds
+        machine = _moved(before, cases[record.operation, record.case]) or 1.0
+        if now.low > was.high * max(1.0, machine):
             yield (
                 f"{name}: {was.median:.3g} ms ({was.low:.3g}-{was.high:.3g}) before, "
                 f"now {now.median:.3g} ms ({now.low:.3g}-{now.high:.3g})"
@@ -155,13 +162,22 @@ def regressions(old: Results, new: Results) -> Iterator[str]:
 
 def drift(old: Results, new: Results) -> float | None:
     """The median of the rivals' times now over then: what the machine itself, or its load, changed."""
-    before = {record.key: record.milliseconds for record in old.records}
-    moved = sorted(
-        record.milliseconds.median / then.median
-        for record in new.records
-        if not record.is_ours and record.milliseconds and (then := before.get(record.key))
-    )
-    return moved[len(moved) // 2] if moved else None
+    return _moved({record.key: record for record in old.records}, new.records)
+
+
+def _moved(before: Mapping[Any, Record], now: Sequence[Record]) -> float | None:
+    moved = [
+        record.milliseconds.median / then.milliseconds.median
+        for record in now
+        if not record.is_ours and record.milliseconds and (then := before.get(record.key)) and then.milliseconds
+    ]
+    return statistics.median(moved) if moved else None
+
+
+def compared(old: Results, new: Results) -> int:
+    """How many records of ours both have timed."""
+    before = {record.key for record in old.records if record.milliseconds}
+    return sum(record.is_ours and record.milliseconds is not None and record.key in before for record in new.records)
 
 
 def comparable(old: Results) -> None:

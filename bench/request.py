@@ -102,6 +102,11 @@ def cases_of(bench: Bench, request: Request) -> list[Case]:
     return list(bench.cases([*(bench.quick if request.quick else bench.shapes), *more]))
 
 
+def names(text: str) -> list[str]:
+    """ "token_logprobs, gae" """
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def shapes(text: str) -> list[Shape]:
     """ "8x128x4096,4x64" """
     try:

@@ -37,7 +37,7 @@ def ours_of(records: Sequence[Record]) -> Record | None:
 
 
 def best_rival(records: Sequence[Record]) -> Record | None:
-    """Of those that run as they are written: torch.compile of our own definition is no rival, and has its own column."""
+    """Of those that run as they are written: torch.compile of our definition is none, and has a column of its own."""
     timed = [record for record in records if not record.is_ours and record.ratio and record.contestant != COMPILED]
     return min(timed, key=lambda record: record.ratio.median if record.ratio else 0.0, default=None)
 

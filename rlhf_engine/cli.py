@@ -46,9 +46,9 @@ class ShowByDefault(TyperGroup):
         return super().parse_args(ctx, args if named else ["show", *args])
 
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=escape(__doc__))
 plugins = typer.Typer(
-    cls=ShowByDefault, help="What is installed, and what a run makes of it. `rlhf plugins [FILE]` shows it."
+    cls=ShowByDefault, help=escape("What is installed, and what a run makes of it. `rlhf plugins [FILE]` shows it.")
 )
 app.add_typer(plugins, name="plugins")
 
@@ -70,6 +70,9 @@ def run(file: Path, set: Set = []) -> None:  # noqa: B006 (typer reads the optio
     folder = Path(parsed.options.folder)
     try:
         Run(parsed).execute()
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"stopped. The same command goes on from the last checkpoint in {folder}")
+        raise typer.Exit(130) from None
     except Exception as error:
         if folder.is_dir() or not isinstance(error, EXPLAINED):
             _keep_traceback(error, folder)
@@ -93,7 +96,8 @@ def _keep_traceback(error: Exception, folder: Path) -> None:
         if not isinstance(error, EXPLAINED):
             error.add_note(f"{text}This could not be written to {folder / 'error.txt'}: {fault}")
     else:
-        error.add_note(f"The full traceback is in {folder / 'error.txt'}.")
+        goes_on = "" if isinstance(error, EXPLAINED) else " Once that is mended, the same command goes on where it was."
+        error.add_note(f"The full traceback is in {folder / 'error.txt'}.{goes_on}")
 
 
 @plugins.command()
@@ -149,7 +153,7 @@ def bench(
         ) from error
     try:
         asked = command.Request(
-            ops=[name for name in ops.split(",") if name], shapes=command.shapes(shapes), quick=quick, json=json,
+            ops=command.names(ops), shapes=command.shapes(shapes), quick=quick, json=json,
             compare=compare, output=output, minutes=minutes, compile=compile,
         )  # fmt: skip
         status = command.bench(asked)

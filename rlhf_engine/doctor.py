@@ -150,8 +150,8 @@ def examine(path: Path, overrides: Iterable[str] = ()) -> Report:
     _hooks(report, made, {name: stage for name, stage in found.items() if name in file.options.stages})
     _rewards(report, made, found.keys() & set(file.options.stages))
     whole = {name: one for name, one in sound.items() if not one.bare}
-    if "rl" in whole:
-        _reward_options(report, made, getattr(whole["rl"].plugin, "reward_options", {}))
+    if "rl" in sound:  # also where their values are at fault, the names may be
+        _reward_options(report, made, file.tables.get("rl", {}).get("rewards", {}))
     _needs(report, whole)
     return report
 
@@ -302,12 +302,18 @@ def _rewards(report: Report, made: pluggy.PluginManager, run_stages: set[str]) -
         )
 
 
-def _reward_options(report: Report, made: pluggy.PluginManager, options: dict[str, RewardOptions]) -> None:
-    for name, one in options.items():
+def _reward_options(report: Report, made: pluggy.PluginManager, tables: Any) -> None:
+    for name, table in (tables if isinstance(tables, dict) else {}).items():
         try:
-            Rewards(made.hook.rlhf_reward, {name: one})
+            Rewards(made.hook.rlhf_reward, {name: _options(table)})
         except ConfigError as error:
             report.faults.append(f"{report.path}: [rl.rewards.{name}]: {error}")
+
+
+def _options(table: Any) -> RewardOptions:
+    with suppress(TypeError, ValueError):
+        return RewardOptions(**table)
+    return RewardOptions()  # the fault of its values stands in the report already
 
 
 def _needs(report: Report, sound: dict[str, Named]) -> None:

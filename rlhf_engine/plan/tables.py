@@ -67,7 +67,8 @@ def _assumptions(setup: Setup) -> str:
         f"On {devices} ({machine.source})\n"
         f"A step: {job.responses} responses of {job.response_tokens} tokens to prompts of {job.prompt_tokens}, "
         f"{job.epochs} epochs, {job.minibatch} in an optimizer step, {setup.piece} at once on a device\n"
-        f"{sharding}Counted on: {machine.efficiency}; {machine.launch * 1e6:.3g} us for each operation that Python starts, "
+        f"{sharding}Counted on: {machine.efficiency}; "
+        f"{machine.launch * 1e6:.3g} us for each operation that Python starts, "
         "as transformers' code starts them (no CUDA graphs, nothing compiled). Inside an operation all overlaps"
     )
 

@@ -154,13 +154,20 @@ class Judge:
         if self.workers is not None:
             return self.workers.ask(**samples.arguments(("texts", "prompts"), rows), seconds=seconds)
         arguments = samples.arguments(self.argnames, rows)
+        before = _versions(samples)
         try:
             if seconds is not None and not self.is_async:
-                return in_thread(lambda: self.function(**arguments), seconds)
-            answer = self.function(**arguments)
-            return run_async(answer, seconds) if inspect.isawaitable(answer) else answer
+                answer = in_thread(lambda: self.function(**arguments), seconds)
+            else:
+                answer = self.function(**arguments)
+                answer = run_async(answer, seconds) if inspect.isawaitable(answer) else answer
         except SystemExit as error:
             raise RewardError(f"it called sys.exit({error.code!r})") from error
+        if _versions(samples) != before:
+            raise RewardError(
+                f"the reward {self.name} changed the rollout's tensors in place; let it work on a clone()"
+            )
+        return answer
 
     # --------------------------------------------------------------------------------------- its failures
 
@@ -241,3 +248,9 @@ class Judge:
             seconds=round(seconds, 6),
             done=done,
         )
+
+
+def _versions(samples: Samples) -> list[int]:
+    """How often each of the rollout's tensors was changed in place (none of those made in inference mode can tell)."""
+    columns = vars(samples.rollout).values() if samples.rollout is not None else ()
+    return [column._version for column in columns if isinstance(column, torch.Tensor) and not column.is_inference()]

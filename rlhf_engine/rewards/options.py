@@ -25,8 +25,8 @@ class RewardOptions:
     """
 
     on_failure: Literal["raise", "abstain", "quarantine"] = "raise"
-    """raise: stop. abstain: leave the sample out. quarantine: that, and from the next step on never ask about its prompt
-    again (for prompts that are at fault: where a judge may be down for a while, `retries` and abstain)"""
+    """raise: stop. abstain: leave the sample out. quarantine: that, and from the next step on never ask about its
+    prompt again (for prompts that are at fault: where a judge may be down for a while, `retries` and abstain)"""
     retries: NonNegativeInt = 0
     """how often a failed call is made again before `on_failure` counts"""
     backoff: Seconds = 1.0

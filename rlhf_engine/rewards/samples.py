@@ -24,14 +24,14 @@ class Samples:
     models: Models
 
     def arguments(self, names: Sequence[str], rows: Sequence[int]) -> dict[str, Any]:
-        """Those arguments of the hook, for these rows; for all rows the very objects."""
+        """Those arguments of the hook, for these rows; the lists are new, so that a reward may change its own."""
         everything = len(rows) == len(self.prompts)
         offered: dict[str, Any] = {}
         for name in names:
             value = getattr(self, name)
             if name == "rollout" and not everything:
                 value = value[torch.tensor(rows, device=value.tokens.device)]
-            elif name in ("prompts", "texts") and not everything:
+            elif name in ("prompts", "texts"):
                 value = [value[row] for row in rows]
             offered[name] = value
         return offered

@@ -42,7 +42,7 @@ def test_the_header_says_where_and_how(results: Results) -> None:
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"header": {}, "ceilings": {}, "records": [{"operation": "x"}]}'])
 def test_another_file_is_refused_by_name(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(ValueError, match=r"x\.json is not a file of `rlhf bench --json`"):
+    with pytest.raises(ValueError, match=r"x\.json is not a file of this version's `rlhf bench --json`"):
         Results.load(tmp_path / "x.json")
 
 
@@ -81,6 +81,14 @@ def test_a_rival_that_got_slower_is_drift_of_the_machine_and_no_regression(resul
     assert drift(results, moved) == 2.0
 
 
+def test_what_the_rivals_of_the_case_lost_too_is_no_regression(results: Results) -> None:
+    moved = with_times(results, mine(results), milliseconds=Spread(2.8, 2.6, 3.0))
+    for at, record in enumerate(results.records):
+        if record.contestant == "naive":
+            moved = with_times(moved, at, milliseconds=Spread(4.0, 3.5, 4.5))
+    assert not list(regressions(results, moved))
+
+
 def test_to_lose_ones_time_is_a_regression_and_to_run_out_of_time_is_none(results: Results) -> None:
     lost = with_times(results, mine(results), milliseconds=None, right=False, why="output 0 is off by 1e+00")
     assert ["now no time: output 0 is off by 1e+00" in line for line in regressions(results, lost)] == [True]
@@ -99,14 +107,17 @@ def test_the_command_compares_and_its_status_tells(tmp_path: Path, capsys: pytes
     again.write_text(json.dumps(found))
     capsys.readouterr()
     assert from_command_line([*run, "--compare", str(again)]) == 0
-    assert "0 slower beyond the spread" in capsys.readouterr().out
-    for record in found["records"]:
-        if record["milliseconds"]:
+    assert "of 2, 0 slower beyond the spread" in capsys.readouterr().out
+    for record in found["records"]:  # and of this only ours, or it would be the machine
+        if record["milliseconds"] and record["contestant"].startswith("ours"):
             record["milliseconds"] = {"median": 1e-6, "low": 1e-6, "high": 1e-6}
     again.write_text(json.dumps(found))
     assert from_command_line([*run, "--compare", str(again)]) == 1
     printed = capsys.readouterr().out
     assert "2 slower beyond the spread" in printed and "linear_logprobs [8, 16, 100] bfloat16" in printed
+    none = [*run[:1], "masked_mean", *run[2:], "--compare", str(again)]
+    assert from_command_line(none) == 2
+    assert "nothing that was measured now was measured then" in capsys.readouterr().err
     found["header"]["device"] = "an abacus"
     again.write_text(json.dumps(found))
     assert from_command_line([*run, "--compare", str(again)]) == 2

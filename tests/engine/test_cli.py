@@ -20,6 +20,7 @@ from rlhf_engine import Document, hookimpl
 from rlhf_engine import run as run_module
 from rlhf_engine.cli import main
 from rlhf_engine.manager import installed
+from rlhf_engine.run import Run
 from tests.toys import World, run_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,7 +156,7 @@ def test_an_unexpected_error_names_plugin_and_hook_and_keeps_the_traceback(rlhf:
     assert status == 2
     assert message == "error: KeyError: 'no such thing'"
     assert place.startswith(f"raised in {__name__}:Broken.rlhf_documents (test_cli.py, line ")
-    assert file == f"The full traceback is in {tmp_path / 'out' / 'error.txt'}."
+    assert file.startswith(f"The full traceback is in {tmp_path / 'out' / 'error.txt'}. Once that is mended, the same")
     kept = (tmp_path / "out" / "error.txt").read_text()
     assert kept.startswith("Traceback (most recent call last):")
     assert "in rlhf_documents" in kept and "KeyError: 'no such thing'" in kept and "raised in" in kept
@@ -164,10 +165,9 @@ def test_an_unexpected_error_names_plugin_and_hook_and_keeps_the_traceback(rlhf:
 def test_an_unexpected_error_while_loading_is_kept_too(rlhf: Rlhf, tmp_path: Path) -> None:
     status, _, err = rlhf("run", broken_run(tmp_path, Broken={"late": False}))
     assert status == 2
-    assert err.splitlines() == [
-        "error: KeyError: 'no such thing'",
-        f"The full traceback is in {tmp_path / 'out' / 'error.txt'}.",
-    ]
+    message, file = err.splitlines()
+    assert message == "error: KeyError: 'no such thing'"
+    assert file.startswith(f"The full traceback is in {tmp_path / 'out' / 'error.txt'}. ")
     assert "__post_init__" in (tmp_path / "out" / "error.txt").read_text()
 
 
@@ -177,6 +177,16 @@ def test_a_known_error_during_the_run_keeps_the_traceback_too(rlhf: Rlhf, tmp_pa
     assert status == 2
     assert err.splitlines()[0].startswith(f"error: {tmp_path / 'out'} holds a run with another configuration")
     assert "ConfigError" in (tmp_path / "out" / "error.txt").read_text()
+
+
+def test_ctrl_c_says_how_to_go_on(rlhf: Rlhf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(run: Run) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "execute", interrupted)
+    status, _, err = rlhf("run", run_file(tmp_path))
+    assert status == 130
+    assert " ".join(err.split()).startswith("stopped. The same command goes on from the last checkpoint in")
 
 
 def test_a_traceback_that_cannot_be_kept_is_shown(rlhf: Rlhf, tmp_path: Path) -> None:
@@ -263,7 +273,7 @@ def test_plugins_says_how_to_use_it(rlhf: Rlhf, tmp_path: Path) -> None:
 
 def test_new_writes_a_package_or_says_why_not(rlhf: Rlhf, tmp_path: Path) -> None:
     status, out, err = rlhf("new", "tracker", "my_tracker", "--folder", tmp_path / "far")
-    package = tmp_path / "far" / "my_tracker"
+    package = tmp_path / "far" / "rlhf-my-tracker"
     assert (status, err) == (0, "")
     assert out.splitlines() == [
         f"{package}: README.md, my_tracker.py, pyproject.toml, test_my_tracker.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import threading
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import rlhf_engine
-from rlhf_engine import Engine, Prompt, Reward, RewardOptions, hookimpl
+from rlhf_engine import Engine, Prompt, Reward, RewardOptions, Rollout, hookimpl
 from rlhf_engine.config import ConfigError
 from rlhf_engine.rewards import NothingJudged, RewardError, RewardTimeout
 from rlhf_plugins.grpo import GRPO
@@ -136,6 +137,22 @@ def test_a_reward_that_fails_on_everything_loses_the_step() -> None:
     wanted = "no sample of 6 has a score, .*: Picky from 6 abstained. The last failure, of Picky: KeyError: "
     with pytest.raises(NothingJudged, match=wanted):
         made.score(ROLLOUT, PROMPTS)
+
+
+def test_no_reward_can_change_what_another_is_asked_about() -> None:
+    def clears(texts: list[str]) -> list[float]:
+        count = len(texts)
+        texts.clear()
+        return [1.0] * count
+
+    def zeros(texts: list[str], rollout: Rollout) -> list[float]:
+        rollout.tokens.zero_()
+        return [1.0] * len(texts)
+
+    made = engine(Count(), rewards=[clears])
+    assert len(kept(made)) == 6 and made.rewards.weights == {"count_a": 1.0, "clears": 1.0}
+    with pytest.raises(RewardError, match="the reward zeros changed the rollout's tensors in place"):
+        engine(Count(), rewards=[zeros]).score(dataclasses.replace(ROLLOUT, tokens=ROLLOUT.tokens.clone()), PROMPTS)
 
 
 def test_options_that_are_none_are_refused() -> None:
