@@ -42,7 +42,7 @@ from rlhf_engine.manager import (
     unused_tables,
     winners,
 )
-from rlhf_engine.rewards import RewardOptions, Rewards
+from rlhf_engine.rewards import FunctionReward, RewardOptions, Rewards
 
 __all__ = ["Report", "examine", "installed_table"]
 
@@ -213,6 +213,8 @@ def _look_at(report: Report, file: RunFile, one: Named) -> Named:
 
 
 def _sound_part(one: Named) -> Any:
+    if isinstance(one.plugin, FunctionReward) and one.usable:
+        return one.plugin  # it is asked with what its function names, not with what the hook has
     return SimpleNamespace(**one.usable, weight=getattr(one.plugin, "weight", None))
 
 

@@ -75,9 +75,13 @@ class GRUPolicy:
     """size of its state"""
 
     @hookimpl
+    def rlhf_run_started(self, run: Run) -> None:
+        """Refuse here what would otherwise stop the run only when the stages before have been done."""
+        if "reward" in run.stages:
+            raise ValueError("gru_policy has no reward model: leave the stage reward out of [run] stages")
+
+    @hookimpl
     def rlhf_models(self, run: Run, stage: str, needs: set[str]) -> Models:
-        if stage == "reward":
-            raise ValueError("gru_policy has no reward model: leave the stage out, or name a plugin that brings one")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             policy = GRULanguageModel(self.hidden)

@@ -47,7 +47,8 @@ class Judge:
         of_one_sample = isinstance(plugin, FunctionReward) and plugin.of_one_sample
         self.is_async = inspect.iscoroutinefunction(self.function) or getattr(plugin, "is_async", False)
         self.samples_per_call = 1 if of_one_sample else options.samples_per_call
-        self.lanes = options.calls_in_flight or (ASYNC_CALLS if self.is_async and of_one_sample else 1)
+        waits = self.is_async and of_one_sample and not options.process  # each lane to a process is a process
+        self.lanes = options.calls_in_flight or (ASYNC_CALLS if waits else 1)
         self.workers = self._workers(plugin) if options.process else None
         self.deadline = math.inf
         self.lock = Lock()

@@ -39,7 +39,8 @@ class RewardOptions:
     samples_per_call: NonNegativeInt = 0
     """samples that it is asked about at once, 0: all; a function of one sample is always asked about one"""
     calls_in_flight: NonNegativeInt = 0
-    """calls at once, each on a thread of its own (or in a process); 0: one, of an async function of one sample 16"""
+    """calls at once, each on a thread of its own, or with `process` in a process of its own; 0: one, and of an async
+    function of one sample that is in no process 16"""
     process: bool = False
     """ask it in a process of its own, which a timeout kills with its children; only texts and prompts go there"""
     normalize: bool = False

@@ -181,6 +181,7 @@ def test_a_reward_function_is_a_plugin_like_any(tmp_path: Path) -> None:
     one, other = look(tmp_path, *plugins, **{"rl.rewards.brevty": {"timeout": 1.0}, "rl.rewards.x": {}}).faults
     assert '[rl.rewards.brevty]: there are options for the reward "brevty"' in one and 'mean "brevity"?' in one
     assert "[rl.rewards.x]: there are options" in other
+    assert look(tmp_path, *plugins, **{"rl.rewards.brevity": {"process": True}}).faults == []
     both = look(tmp_path, *plugins, **{"rl.rewards.brevty": {"timeout": -1.0}}).faults
     assert len(both) == 2 and "brevty" in both[1] and "timeout" in both[0], both
 

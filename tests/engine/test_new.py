@@ -93,7 +93,7 @@ def test_it_installs_passes_its_tests_and_runs(tmp_path: Path) -> None:
 
     tested = pytest_in(folder, python)
     assert tested.returncode == 0, tested.stdout + tested.stderr
-    assert "\n20 passed" in tested.stdout, tested.stdout
+    assert "\n21 passed" in tested.stdout, tested.stdout
 
     (tmp_path / "run.toml").write_text(RUN)
     (tmp_path / "words.py").write_text(WORDS)

@@ -67,9 +67,14 @@ class MyPolicy:
     """of the hidden states"""
 
     @hookimpl
+    def rlhf_run_started(self, run: Run) -> None:
+        """Refuse here what would otherwise stop the run only when the stages before have been done."""
+        for name, stage in run.stages.items():
+            if "rlhf_models" in stage.requires and name not in ("pretrain", "rl"):
+                raise ValueError(f'there are no models for the stage "{name}": take it out of [run] stages')
+
+    @hookimpl
     def rlhf_models(self, run: Run, stage: str, needs: set[str]) -> Models:
-        if stage not in ("pretrain", "rl"):
-            raise ValueError(f'there are models for pretrain and rl, and none for the stage "{stage}"')
         policy = Network(self.width)
         pretrained = run.result("pretrain")
         if stage == "rl" and pretrained is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from rlhf_engine import Engine, FunctionReward, Models, Prompt, Rollout
+from rlhf_engine import Engine, FunctionReward, Models, Prompt, Rollout, Stage
 from rlhf_engine.manager import load, manager
 from torch import Tensor
 
@@ -83,6 +83,15 @@ def test_the_built_in_algorithms_train_it(algorithm: str) -> None:
         engine.update(batch, optimizer)
         scores.append(float(batch.scores.mean()))
     assert scores[-1] > scores[0] + 0.3, scores
+
+
+def test_a_stage_that_it_has_no_models_for_is_refused_before_any_work() -> None:
+    def asked(*stages: str) -> Any:
+        return SimpleNamespace(stages=dict.fromkeys(stages, Stage(work=print, requires=("rlhf_models",))))
+
+    plugin.MyPolicy().rlhf_run_started(run=asked("pretrain", "rl"))
+    with pytest.raises(ValueError, match='no models for the stage "reward": take it out'):
+        plugin.MyPolicy().rlhf_run_started(run=asked("pretrain", "reward", "rl"))
 
 
 def test_run_files_find_it() -> None:
