@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 
 from .case import BOTH
 from .ceilings import COPY, matmul_name
@@ -21,13 +22,20 @@ OTHERS = ["#d1495b", "#edae49", "#3a8a5c", "#8d6cab", "#7a7a7a", "#c27ba0", "#5b
 MARKERS = "sD^vPX*h"  # as many as have no divisor in common with the colours: 72 pairs
 
 
+KNOWN = (
+    *("naive", "TRL", "verl", "OpenRLHF", "verl vectorized", "OpenRLHF, TRL", "TRL, verl", "TRL itself"),
+    *("TRL, OpenRLHF", "torch.compile", "Liger itself"),
+)
+
+
 class Style:
     """The same colour and marker for a contestant in all pictures."""
 
     def __init__(self, records: Iterable[Record]):
         names = dict.fromkeys(record.contestant for record in records if record.milliseconds)
         others = [name for name in names if name not in OURS]
-        self._of = {name: (OTHERS[at % len(OTHERS)], MARKERS[at % len(MARKERS)]) for at, name in enumerate(others)}
+        known = [*KNOWN, *(name for name in others if name not in KNOWN)]
+        self._of = {name: (OTHERS[at % len(OTHERS)], MARKERS[at % len(MARKERS)]) for at, name in enumerate(known)}
         self.names = [*(name for name in OURS if name in names), *others]
 
     def of(self, name: str) -> dict[str, Any]:
@@ -91,11 +99,14 @@ def against_size(records: Sequence[Record], axes: dict[str, dict[int, tuple[int,
         for plot in (top, bottom):
             _log(plot)
             plot.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
-            plot.minorticks_off()
-        bottom.set_xlabel(f"{axis}   ({_what_is_fixed(records[0].axes, sizes)})")
-    grid[0][0].legend(fontsize=8, loc="upper left")
+            plot.xaxis.set_minor_locator(NullLocator())
+            plot.set_xlabel(f"{axis}   ({_what_is_fixed(records[0].axes, sizes)})")
+    _legend_below(figure, style)
     what = " ".join(filter(None, [dtype, direction, form]))
-    figure.suptitle(f"{records[0].operation}: time and memory, {what}\nband: lowest to highest round", fontsize=12)
+    title = (
+        f"{records[0].operation}: time and memory\n{what}\nband: lowest to highest round; broken: this machine's limit"
+    )
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -111,6 +122,10 @@ def _log(plot: Any) -> None:
     plot.set_xscale("log")
     plot.set_yscale("log")
     plot.grid(True, which="major", alpha=0.35)
+    low, high = plot.get_ylim()
+    if high / low < 100:  # else a power of ten now and then is enough
+        plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        plot.yaxis.set_minor_locator(NullLocator())
     plot.yaxis.set_major_formatter(lambda y, _: f"{y:g}" if 1e-3 <= y < 1e5 else f"{y:.0e}")
 
 
@@ -211,7 +226,8 @@ def growth(records: Sequence[Record]) -> Any:
         plot.set_xlabel("least possible time, ms", fontsize=9)
     for row in grid:
         row[0].set_ylabel("time taken, ms", fontsize=9)
-    figure.suptitle("Growth of cost with work, every case: on the black line nothing is left to gain", fontsize=12)
+    title = "Growth of cost with work, every case: on the black line nothing is left to gain, but from caches"
+    figure.suptitle(title, fontsize=12)
     _legend_below(figure, style)
     return figure
 
@@ -232,7 +248,7 @@ def shares(records: Sequence[Record]) -> Any:
     plot.set_xscale("log")
     plot.set_xlabel("share of the ceiling: least possible time / time taken")
     plot.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g}%")
-    plot.set_title("How near the limit of this machine (black line); beyond it, inputs came from its caches")
+    plot.set_title("How near this machine's limit\n(beyond it, inputs came from caches)", fontsize=11)
     plot.grid(True, axis="x", alpha=0.35)
     _legend_below(figure, style)
     return figure

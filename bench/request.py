@@ -41,6 +41,10 @@ class Request:
     def __post_init__(self) -> None:
         if self.minutes is not None and not self.minutes > 0:
             raise BenchError(f"--minutes {self.minutes:g}: it must be more than 0")
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError as error:
+            raise BenchError(f"--device {self.device}: {str(error).splitlines()[0]}") from None
         if self.rounds is not None and self.rounds < 1:
             raise BenchError(f"--rounds {self.rounds}: it must be at least 1")
 

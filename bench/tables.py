@@ -128,8 +128,8 @@ def spread(x: Spread) -> str:
 
 def summary(results: Results) -> str:
     """A row an operation; each cell is the median of its cases, and the lowest and highest of them."""
-    heads = ("operation", "cases", "time: best rival over ours", "where it wins, a call of ours takes longer by",
-             "time: torch.compile of the definition over ours", "ours, of the ceiling",
+    heads = ("operation", "cases", "time: best rival, uncompiled, over ours",
+             "where it wins, a call of ours takes longer by", "time: torch.compile of the definition over ours", "ours, of the ceiling",
              "memory: naive over ours")  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for operation, records in grouped(results.records).items():

@@ -29,6 +29,7 @@ from rlhf_engine.plan import (
     find_machine,
     job_of,
     model_of,
+    not_counted,
     plan_tables,
     sweep_table,
 )
@@ -192,6 +193,10 @@ def plan(
             model=find_architecture(model) if model else model_of(parsed), machine=find_machine(gpu), count=count,
             dtype=dtype or ("float32" if gpu == "cpu" else "bfloat16"), recompute=recompute,
         )  # fmt: skip
+        if left_out := not_counted(parsed):
+            console.print(
+                escape(f"NOT counted in this plan: {', '.join(left_out)}. Say --dtype or --recompute for those")
+            )
         console.print(*plan_tables(setup), sep="\n")
         if sweep:
             console.print(sweep_table(setup))

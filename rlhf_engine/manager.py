@@ -172,7 +172,14 @@ def unused_tables(file: RunFile, known: Iterable[str]) -> Iterator[str]:
         if stage not in known and stage not in file.options.plugins
     )
     for table in file.tables:
-        if table not in tables:
+        if table in tables:
+            continue
+        if table in known:
+            yield (
+                f'{file.path}: the table [{table}] is of the plugin "{table}", which [run] names neither in stages nor '
+                f"in plugins: name it there, or take the table out.{strange}"
+            )
+        else:
             yield (
                 f"{file.path}: the table [{table}] is for no plugin that [run] names "
                 f"({', '.join(sorted(tables))}).{did_you_mean(table, tables)}{strange}"

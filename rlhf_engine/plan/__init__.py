@@ -8,7 +8,7 @@
 """
 
 from rlhf_engine.plan.architecture import Architecture, find_architecture
-from rlhf_engine.plan.job import Job, job_of, model_of
+from rlhf_engine.plan.job import Job, job_of, model_of, not_counted
 from rlhf_engine.plan.machine import Machine, find_machine, measure_cpu
 from rlhf_engine.plan.memory import Part, Setup, memory_parts, peak
 from rlhf_engine.plan.step import Operation, bottleneck, operations, seconds
@@ -29,6 +29,7 @@ __all__ = [
     "measure_cpu",
     "memory_parts",
     "model_of",
+    "not_counted",
     "operations",
     "peak",
     "plan_tables",

@@ -14,6 +14,7 @@ from rlhf_engine.plan.machine import ON_CPU, ON_GPU, WIDTH
 
 __all__ = ["Compared", "compare"]
 
+OURS = ("ours, torch", "ours, Triton")
 COPY, MATMUL = "copy GB/s", "matmul {} TFLOP/s"
 
 
@@ -55,7 +56,7 @@ def compare(path: Path) -> tuple[list[Compared], list[str]]:
 
 
 def _is_ours(record: dict[str, Any]) -> bool:
-    return record["contestant"].startswith("ours") and record["milliseconds"] is not None
+    return record["contestant"] in OURS and record["milliseconds"] is not None
 
 
 def _compared(record: dict[str, Any], ceilings: dict[str, float], copy: float) -> Compared | None:
@@ -70,7 +71,9 @@ def _compared(record: dict[str, Any], ceilings: dict[str, float], copy: float) -
     peak = max(ceilings.get(MATMUL.format(name), 0.0) for name in (dtype, "float32")) * 1e12
     if work.flops and not peak:
         return None
-    arithmetic, traffic = work.flops / peak if work.flops else 0.0, work.bytes / copy
+    # Of products the record's own count: it knows how many rows have a gradient.
+    flops = record.get("least_flops") or work.flops if work.flops else 0.0
+    arithmetic, traffic = flops / peak if flops else 0.0, work.bytes / copy
     share = ON_CPU if on_cpu else ON_GPU
     return Compared(
         operation=record["operation"],

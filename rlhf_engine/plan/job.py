@@ -11,10 +11,11 @@ from rlhf_engine.config import ConfigError, RunFile, table_name
 from rlhf_engine.manager import load, make
 from rlhf_engine.plan.architecture import Architecture, find_architecture
 
-__all__ = ["Job", "job_of", "model_of"]
+__all__ = ["Job", "job_of", "model_of", "not_counted"]
 
 MODELS = "hf"  # the plugin whose table says what the model is; transformers takes seconds to import
 PROMPT_TOKENS = 512
+NOT_COUNTED = ("dtype", "gradient_checkpointing", "lora_rank", "reward_models")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,12 @@ def model_of(file: RunFile) -> Architecture:
         intermediate=hf.intermediate, layers=hf.layers, heads=hf.heads, kv_heads=hf.heads,
         head_size=hf.hidden // hf.heads, tied=True,
     )  # fmt: skip
+
+
+def not_counted(file: RunFile) -> list[str]:
+    """What `[hf]` says of the model that a plan does not read."""
+    table = file.tables.get(MODELS, {})
+    return [f"{MODELS}.{key} = {table[key]!r}" for key in NOT_COUNTED if table.get(key)]
 
 
 def _built(file: RunFile, name: str) -> Any:

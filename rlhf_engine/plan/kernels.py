@@ -8,7 +8,7 @@ float32 number and 1 for the mask. Backward reads its inputs again and writes a 
     linear_logprobs       (N + V) H w, three times that with backward; 2 N V H FLOPs forward, and 4 backward; where the
                           logits are computed again, 2 more
     linear_policy_loss    2 (N + V) H w and 6 N V H: the gradients are formed in the forward pass
-    shaped_gae            21 N: log-probs, reference's, values, mask; advantages, returns
+    shaped_gae            29 N: log-probs, reference's, values, mask; rewards, KL, advantages, returns
     gae                   17 N: rewards, values, mask; advantages, returns
     policy_loss           13 N forward (log-probs old and new, advantages, mask), 4 N for the gradient, formed with it
 """
@@ -68,7 +68,7 @@ KERNELS: dict[str, Callable[..., Work]] = {
     "linear_logprobs": linear_logprobs,
     "linear_policy_loss": linear_policy_loss,
     "gae": per_token(17),
-    "shaped_gae": per_token(21),
+    "shaped_gae": per_token(29),
     "policy_loss": per_token(13, 4),
     "value_loss": per_token(13, 4),
     "kl_estimate": per_token(12, 12),

@@ -157,6 +157,9 @@ def sweep_table(setup: Setup) -> Table:
     return table
 
 
+LONG = 5e-3  # seconds, beside which what a call costs anyway is little
+
+
 def check_tables(path: Path) -> Iterator[RenderableType]:
     """Prediction and measurement of every record, and the median error of each operation and of all."""
     found, unknown = compare(path)
@@ -171,5 +174,11 @@ def check_tables(path: Path) -> Iterator[RenderableType]:
         these = [one for one in found if one.operation == operation]
         yield f"{operation}: median error {median_error(these):.0%} of {len(these)}"
     yield f"all: median error {median_error(found):.0%} of {len(found)}"
+    long = [one for one in found if one.measured >= LONG]
+    if long:
+        yield (
+            f"those that take {duration(LONG)} and more: median error {median_error(long):.0%} of {len(long)}; what a "
+            "call costs besides its work (checks, launches) is not counted here"
+        )
     if unknown:
         yield f"no formula, not compared: {', '.join(unknown)}"

@@ -32,8 +32,9 @@ class RewardOptions:
     backoff: Seconds = 1.0
     """seconds before the first retry; twice as many before each next one"""
     timeout: Seconds = 0.0
-    """seconds that a call may take, 0: any. What overruns is given up; only `process` and async functions stop too. A
-    call about many samples that overruns is followed by one about each: `budget` bounds what they take together"""
+    """seconds that a call may take, 0: any. What overruns is given up; only `process` and async functions stop too (a
+    call that holds Python's lock all the time is waited for, unless it is in a process). A call about many samples that
+    overruns is followed by one about each: `budget` bounds what they take together"""
     budget: Seconds = 0.0
     """seconds that this reward may take in a step, 0: any. What is not answered by then abstains"""
     samples_per_call: NonNegativeInt = 0

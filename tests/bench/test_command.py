@@ -177,6 +177,7 @@ def test_the_table_is_written_between_its_marks(report: Path, tmp_path: Path, mo
         (["--ops", "gae", "--shapes", "4x-5"], "'4x-5' has a size below 1"),
         (["--ops", "gae", "--minutes", "0"], "--minutes 0: it must be more than 0"),
         (["--ops", "gae", "--rounds", "-1"], "--rounds -1: it must be at least 1"),
+        (["--ops", "gae, gaee"], "there is no bench of gaee; there is "),
         (["--compare", "no/such.json"], "No such file"),
     ],
 )

@@ -62,8 +62,10 @@ def test_what_is_missing_or_fails_is_said_and_stops_nothing(tmp_path: Path) -> N
     stand_in = tmp_path / "python"
     stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
+    (tmp_path / "memory.json").write_text("of an earlier run")
     done = run(tmp_path, "--dry", python=str(stand_in))
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert not (tmp_path / "memory.json").exists()
     told = parts(tmp_path)
     assert told.pop("check").startswith("FAILED: killed, after ")
     assert told == {

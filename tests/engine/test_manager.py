@@ -119,17 +119,24 @@ def test_two_packages_with_one_plugin_name_are_refused(monkeypatch: pytest.Monke
         installed()
 
 
-@pytest.mark.parametrize("table", ["ppo", "world", "sft"])
-def test_a_table_for_a_plugin_that_the_run_does_not_name_is_refused(tmp_path: Path, table: str) -> None:
+@pytest.mark.parametrize(
+    ("table", "wanted"),
+    [
+        ("ppo", r'is of the plugin "ppo", which \[run\] names neither in stages nor in plugins'),
+        ("world", r"is for no plugin that \[run\] names"),
+        ("sft", r"is for no plugin that \[run\] names"),
+    ],
+)
+def test_a_table_for_a_plugin_that_the_run_does_not_name_is_refused(tmp_path: Path, table: str, wanted: str) -> None:
     file = read_run_file(run_file(tmp_path, run={"stages": ["rl", "sft"]}, **{table: {"clip": 0.1}}))
-    with pytest.raises(ConfigError, match=rf"run\.toml: the table \[{table}\] is for no plugin that \[run\] names"):
+    with pytest.raises(ConfigError, match=rf"run\.toml: the table \[{table}\] {wanted}"):
         load_plugins(file)
 
 
 def test_a_misspelt_stage_is_told_where_its_table_is_refused(tmp_path: Path) -> None:
     file = read_run_file(run_file(tmp_path, run={"stages": ["reward", "rll"]}, rl={"steps": 1}))
     with pytest.raises(
-        ConfigError, match=r'\[rl\] is for no plugin .* "rll" is no installed plugin. Did you mean "rl"'
+        ConfigError, match=r'\[rl\] is of the plugin "rl", .* "rll" is no installed plugin. Did you mean "rl"'
     ):
         load_plugins(file)
 

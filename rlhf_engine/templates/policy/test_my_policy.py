@@ -87,7 +87,8 @@ def test_the_built_in_algorithms_train_it(algorithm: str) -> None:
 
 def test_a_stage_that_it_has_no_models_for_is_refused_before_any_work() -> None:
     def asked(*stages: str) -> Any:
-        return SimpleNamespace(stages=dict.fromkeys(stages, Stage(work=print, requires=("rlhf_models",))))
+        stage: Any = Stage(work=print, requires=("rlhf_models",))  # type: ignore
+        return SimpleNamespace(stages=dict.fromkeys(stages, stage))
 
     plugin.MyPolicy().rlhf_run_started(run=asked("pretrain", "rl"))
     with pytest.raises(ValueError, match='no models for the stage "reward": take it out'):
