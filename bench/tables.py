@@ -128,9 +128,11 @@ def spread(x: Spread) -> str:
 
 def summary(results: Results) -> str:
     """A row an operation; each cell is the median of its cases, and the lowest and highest of them."""
-    heads = ("operation", "cases", "time: best rival, uncompiled, over ours",
-             "where it wins, a call of ours takes longer by", "time: torch.compile of the definition over ours", "ours, of the ceiling",
-             "memory: naive over ours")  # fmt: skip
+    heads = (
+        *("operation", "cases", "time: best rival, uncompiled, over ours"),
+        *("where it wins, a call of ours takes longer by", "time: torch.compile of the definition over ours"),
+        *("ours, of the ceiling", "memory: naive over ours"),
+    )
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for operation, records in grouped(results.records).items():
         cases = [of for of in by_case(records).values() if any(record.milliseconds for record in of)]
