@@ -18,8 +18,9 @@ from .record import Record, Results
 from .tables import grouped
 
 OURS = {"ours, torch": "#0b5fa5", "ours, Triton": "#063a66", "ours, two operations": "#62a8dd"}
-OTHERS = ["#d1495b", "#edae49", "#3a8a5c", "#8d6cab", "#7a7a7a", "#c27ba0", "#5b5b8c", "#a67c52", "#2f9e9e"]
-MARKERS = "sD^vPX*h"  # as many as have no divisor in common with the colours: 72 pairs
+OTHERS = ["#d1495b", "#edae49", "#3a8a5c", "#8d6cab", "#7a7a7a", "#c27ba0", "#5b5b8c", "#a67c52", "#2f9e9e", "#222222",
+          "#c9b400"]  # fmt: skip
+MARKERS = "sD^vPX*h"  # as many as have no divisor in common with the colours: 88 pairs
 
 
 KNOWN = (
