@@ -114,7 +114,7 @@ class Rewards:
         """What to raise where no sample has a score: who abstained from how many, and how the last failure read."""
         abstained = [
             f"{name} from {int(values.isnan().sum())}"
-            for name, values in by_name.items()
+            for name, values in sorted(by_name.items())
             if self.weights.get(name) and values.isnan().any()
         ]
         failing = {judge.name for judge in self.judges.values() if any(judge.state["step"].values())}

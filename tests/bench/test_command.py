@@ -62,7 +62,7 @@ def test_the_step_bench_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_step, "SETTING", small)
     monkeypatch.setattr(bench_step, "TOKENIZER", make_tokenizer(small))
     for rival in ("hf_pretrain", "trl_grpo", "trl_reward", "trl_ppo"):
-        monkeypatch.setattr(bench_step.peers, rival, lambda *arguments: lambda: None)
+        monkeypatch.setattr(bench_step.peers, rival, lambda *arguments, **options: lambda: None)
     records = measure_steps(Options(CPU, rounds=1), Clock(None), show=False)
     assert [record.form for record in records if record.contestant == "ours"] == ["pretrain", "reward", "grpo", "ppo"]
     assert all(record.milliseconds and record.clock == "cpu" for record in records)
